@@ -1,0 +1,267 @@
+"""The block stack: features for every model family at once.
+
+A family says how its network embeds, runs one block and unembeds. The driver here runs the blocks and
+is the one place that knows token routing, activation checkpointing, layer skipping and block
+residency. It is pure: everything is an argument, so that the recomputation of a checkpointed block
+sees exactly what its forward saw, whatever happened in between.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Stream:
+    """All that blocks read. Only ``tokens`` is transformed; the rest is carried along.
+
+    B is the batch, S the tokens of one sample, D the width of the network.
+    """
+
+    tokens: Tensor
+    """(B, S, D)"""
+    per_token: Mapping[str, tuple[Tensor, int]] = field(default_factory=dict)
+    """name -> (tensor, its token axis): rotary cos and sin, per-token modulation; batch axis 0 may be 1"""
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    """whatever has no token axis: text, global modulation, masks"""
+    grid: tuple[int, ...] = ()
+    """(frames, height, width) in tokens"""
+    forced: Tensor | None = None
+    """(B, S) bool: tokens that no route may drop"""
+
+    def gather_companions(self, keep: Tensor) -> Stream:
+        """The stream with all that accompanies a token restricted to the indices ``keep`` (B, K); ``tokens`` stay."""
+        return replace(
+            self,
+            per_token={name: (_take(tensor, axis, keep), axis) for name, (tensor, axis) in self.per_token.items()},
+            forced=None if self.forced is None else self.forced.gather(1, keep),
+        )
+
+
+def _take(tensor: Tensor, axis: int, keep: Tensor) -> Tensor:
+    """``tensor`` at the indices ``keep`` (B, K) along ``axis``, its batch axis broadcast from 1 where needed."""
+    batch = max(tensor.shape[0], keep.shape[0])
+    index = keep.reshape(keep.shape[0], *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
+    return torch.take_along_dim(tensor.expand(batch, *tensor.shape[1:]), index.expand(batch, *index.shape[1:]), dim=axis)
+
+
+@dataclass(frozen=True)
+class TokenRoute:
+    """Blocks ``start`` (inclusive) to ``stop`` (exclusive) see only the tokens ``keep`` (B, K), sorted."""
+
+    start: int
+    stop: int
+    keep: Tensor
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """What a token router is asked with, once per training forward."""
+
+    blocks: int
+    tokens: Tensor
+    """(B, S, D), detached"""
+    grid: tuple[int, ...]
+    forced: Tensor | None
+    keep_at_least: int
+    """The largest number of forced tokens in the global micro-batch: no route may keep fewer."""
+    positions: tuple[int, ...]
+    """Position of each sample in the global batch, for the counter-based generators."""
+
+
+class Residency(Protocol):
+    """Who moves a block's weights. The driver calls it around every block of every forward."""
+
+    def begin(self, differentiated: bool) -> None:
+        """A forward starts; ``differentiated`` says whether a backward will follow."""
+
+    def enter(self, index: int) -> None:
+        """Block ``index`` is about to compute (in forward or recomputation): its weights must be on the device."""
+
+    def leave(self, index: int) -> None:
+        """Block ``index`` has computed its forward and nothing of it is needed until its recomputation, if any."""
+
+    def backward_done(self, index: int) -> None:
+        """The gradient of block ``index``'s input is known: its weights are no longer needed."""
+
+    def end(self, differentiated: bool) -> None:
+        """The forward is over (``differentiated`` False), or its backward is (True): release what is held."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What one forward of a network is run with. Read once at its start, then passed on as arguments."""
+
+    router: Callable[[RouteRequest], Sequence[TokenRoute]] | None = None
+    checkpointing: bool = False
+    skip: frozenset[int] = frozenset()
+    residency: Residency | None = None
+    keep_at_least: int = 0
+    positions: tuple[int, ...] = ()
+
+
+class BlockStack(ABC):
+    """A family's view of one network: embed, the blocks, unembed.
+
+    ``embed`` takes the network's own forward arguments and ``unembed`` gives its own return value, so
+    that whoever calls the network (a diffusers pipeline, a wrapper of FSDP) notices nothing.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.module = module
+        self.blocks = blocks
+
+    @abstractmethod
+    def embed(self, *args: Any, **kwargs: Any) -> Stream:
+        """The stream that enters block 0, from the arguments of the network's forward."""
+
+    @abstractmethod
+    def block(self, block: nn.Module, stream: Stream) -> Stream:
+        """The stream after ``block``. Must only replace ``tokens`` (and, in joint models, ``shared``)."""
+
+    @abstractmethod
+    def unembed(self, stream: Stream) -> Any:
+        """The network's return value from the stream after the last block."""
+
+    def forward(self, drive: Callable[[Stream], Stream], *args: Any, **kwargs: Any) -> Any:
+        """The whole forward. A family overrides it to wrap the call (LoRA scale arguments and the like)."""
+        return self.unembed(drive(self.embed(*args, **kwargs)))
+
+
+class Trampoline:
+    """Stands in for a network's forward, on the instance, and can be switched off.
+
+    It is a bound method set once, never deleted and never a closure: after ``copy.deepcopy`` the copy
+    runs the copy's weights, and the class named in saved files stays the network's own.
+    """
+
+    def __init__(self, stack: BlockStack) -> None:
+        self.stack = stack
+        self.context = StepContext()
+        self.enabled = True
+
+
+def install(module: nn.Module, stack: BlockStack) -> Trampoline:
+    """Make ``module(...)`` run through the block driver. Returns the trampoline that holds its context."""
+    trampoline = Trampoline(stack)
+    # Past nn.Module.__setattr__ bookkeeping on purpose: plain attributes of the instance.
+    object.__setattr__(module, "_tuner_trampoline", trampoline)
+    object.__setattr__(module, "forward", MethodType(_driven_forward, module))
+    return trampoline
+
+
+def _driven_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    trampoline: Trampoline = self._tuner_trampoline  # type: ignore[assignment]
+    if not trampoline.enabled:
+        return type(self).forward(self, *args, **kwargs)
+    stack, context, training = trampoline.stack, trampoline.context, self.training
+    return stack.forward(lambda stream: run_stack(stack, stream, context, training=training), *args, **kwargs)
+
+
+def run_stack(stack: BlockStack, stream: Stream, context: StepContext, *, training: bool = True) -> Stream:
+    """Run all blocks of ``stack`` over ``stream`` as ``context`` says.
+
+    Routes apply in training with gradients only. A route over all tokens (K = S) takes the unrouted
+    path. Companions are gathered once per block, not once per route: the gradients of what made them
+    then add up in the same order as without a route, bit for bit.
+    """
+    differentiated = torch.is_grad_enabled()
+    routes = _routes(stack, stream, context) if training and differentiated else {}
+    residency = context.residency
+    if residency is not None:
+        residency.begin(differentiated)
+    full: Stream | None = None
+    route: TokenRoute | None = None
+    for index in range(len(stack.blocks)):
+        if route is None and index in routes:
+            route, full = routes[index], stream
+            stream = replace(stream, tokens=_take(stream.tokens, 1, route.keep))
+        if index not in context.skip:
+            stream = _run_block(stack, index, stream, None if route is None else route.keep, context, differentiated)
+        if route is not None and full is not None and index + 1 == route.stop:
+            target = route.keep.unsqueeze(-1).expand(stream.tokens.shape)
+            stream = replace(stream, tokens=full.tokens.scatter(1, target, stream.tokens))
+            route = full = None
+    if residency is not None:
+        _announce_end(stream.tokens, residency)
+    return stream
+
+
+def _watch_backward(tokens: Tensor, index: int, residency: Residency) -> Tensor:
+    """``tokens`` as a view whose gradient, once known, says that the block they enter is done with backward."""
+    if not tokens.requires_grad:
+        return tokens
+    tokens = tokens.view_as(tokens)
+    tokens.register_hook(lambda _: residency.backward_done(index))
+    return tokens
+
+
+def _announce_end(tokens: Tensor, residency: Residency) -> None:
+    """Tell ``residency`` when the forward is over, or, where a backward follows, when that backward is.
+
+    With LoRA on a frozen base the first block's input needs no gradient, so its *backward done* never
+    comes: a callback queued in the autograd engine marks the end of the whole backward instead.
+    """
+    if not tokens.requires_grad:
+        residency.end(False)
+        return
+
+    def at_backward_start(_: Tensor) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: residency.end(True))
+
+    tokens.register_hook(at_backward_start)
+
+
+def _routes(stack: BlockStack, stream: Stream, context: StepContext) -> dict[int, TokenRoute]:
+    """The routes of this forward by their first block, without those that keep every token."""
+    if context.router is None:
+        return {}
+    request = RouteRequest(
+        blocks=len(stack.blocks),
+        tokens=stream.tokens.detach(),
+        grid=stream.grid,
+        forced=stream.forced,
+        keep_at_least=context.keep_at_least,
+        positions=context.positions or tuple(range(stream.tokens.shape[0])),
+    )
+    size = stream.tokens.shape[1]
+    return {route.start: route for route in context.router(request) if route.keep.shape[1] < size}
+
+
+def _run_block(
+    stack: BlockStack, index: int, stream: Stream, keep: Tensor | None, context: StepContext, differentiated: bool
+) -> Stream:
+    """One block, checkpointed and with its weights brought in, as the context says."""
+    residency = context.residency
+    recomputing = False
+
+    def compute(tokens: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
+        # Residency enters *inside* the checkpoint, so that recomputation fetches the weights again.
+        nonlocal recomputing
+        if residency is not None:
+            residency.enter(index)
+        routed = replace(stream, tokens=tokens)
+        if keep is not None:
+            routed = routed.gather_companions(keep)
+        out = stack.block(stack.blocks[index], routed)
+        if residency is not None and not recomputing and (context.checkpointing or not differentiated):
+            residency.leave(index)
+        recomputing = True
+        return out.tokens, out.shared
+
+    tokens = stream.tokens
+    if residency is not None and differentiated:
+        tokens = _watch_backward(tokens, index, residency)
+    if context.checkpointing and differentiated:
+        tokens, shared = checkpoint(compute, tokens, use_reentrant=False)
+    else:
+        tokens, shared = compute(tokens)
+    return replace(stream, tokens=tokens, shared=shared)

@@ -1,0 +1,47 @@
+"""Core keys that say which model is trained, what of it, and in which precision."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tuner.plugin import PluginConfig, key
+
+
+class ModelKeys(PluginConfig):
+    """Which model, which of its parts, which precision, which attention kernel."""
+
+    model_family: str | None = key(None, "Model family to train: the name of a family plugin, such as `wan`.")
+    model_flavour: str | None = key(
+        None, "Flavour of the family, such as `t2v-480p-1.3b-2.1`; the family's default when absent.", aliases=("model_flavor",)
+    )
+    model_type: Literal["lora", "full"] = key("lora", "Train an adapter (`lora`) or the network itself (`full`).")
+    lora_type: Literal["standard", "lycoris"] = key("standard", "Kind of adapter: PEFT LoRA (`standard`) or LyCORIS.")
+    pretrained_model_name_or_path: str | None = key(
+        None, "Folder or hub repository of the base model in the diffusers layout; the flavour's own when absent."
+    )
+    pretrained_transformer_model_name_or_path: str | None = key(
+        None,
+        "Take the denoiser from here instead: a folder, a hub repository or a single `.safetensors` file.",
+        aliases=("pretrained_transformer_name_or_path",),
+    )
+    pretrained_transformer_subfolder: str | None = key(
+        "transformer", "Subfolder of the denoiser's weights; `none` when they lie at the top."
+    )
+    pretrained_vae_model_name_or_path: str | None = key(None, "Take the VAE from here instead (subfolder `vae`).")
+    pretrained_t5_model_name_or_path: str | None = key(
+        None, "Take tokenizer and text encoder from here instead (subfolders `tokenizer`, `text_encoder`)."
+    )
+    revision: str | None = key(None, "Revision of the hub repository.")
+    mixed_precision: Literal["bf16", "fp16", "no"] = key("bf16", "Autocast of the training step, and dtype of the frozen base.")
+    base_model_precision: str = key(
+        "no_change",
+        "Quantise the frozen base, such as `int8-quanto`; the values come from the loaded quantisation plugins. `no_change` leaves it.",
+        effect="memory",
+    )
+    base_model_default_dtype: Literal["bf16", "fp32"] | None = key(
+        None, "Dtype of the base's unquantised matrices; follows `mixed_precision` when absent."
+    )
+    attention_mechanism: str = key(
+        "diffusers", "Attention kernel: `diffusers` or `auto` is the best exact one; other values come from attention plugins."
+    )
+    gradient_checkpointing: bool = key(True, "Recompute each block in backward instead of keeping its activations.")

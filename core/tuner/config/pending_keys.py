@@ -1,0 +1,71 @@
+"""Keys that users' files have and whose feature is not built yet.
+
+They are owned, so that those files pass, and each one that is set away from its default gives a visible
+warning that it has no effect yet. A key leaves this file when its feature arrives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tuner.plugin import PluginConfig, key
+
+
+class PendingKeys(PluginConfig):
+    """Owned, checked, and without effect yet."""
+
+    quantize_via: Literal["cpu", "accelerator"] = key(
+        "accelerator", "Where weights are quantised.", pending="weights are quantised where they are read, on the CPU"
+    )
+    text_encoder_1_precision: str = key(
+        "no_change", "Quantise the text encoder while caching.", pending="the text encoder stays in its own precision"
+    )
+    text_encoder_2_precision: str = key(
+        "no_change", "Quantise a second text encoder.", pending="Wan has one text encoder"
+    )
+    offload_during_startup: bool = key(
+        False,
+        "Keep only one encoder in memory while caching.",
+        pending="text encoder and VAE are never in memory together anyway",
+    )
+    compress_disk_cache: bool = key(False, "Compress cached tensors.", pending="the cache is written uncompressed")
+    delete_problematic_images: bool = key(
+        False, "Deal with files that cannot be decoded.", pending="bad files are listed and left where they are"
+    )
+    disable_bucket_pruning: bool = key(
+        False, "Keep buckets smaller than a batch.", pending="small buckets are always kept, padded by repetition"
+    )
+    disable_benchmark: bool = key(
+        False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
+    )
+    use_ema: bool = key(False, "Keep an exponential moving average of the trained weights.", pending="no average is kept")
+    ema_decay: float = key(0.995, "Decay of that average.", pending="no average is kept", ge=0, le=1)
+    ema_update_interval: int = key(1, "Steps between its updates.", pending="no average is kept", ge=1)
+    ema_validation: Literal["none", "ema_only", "comparison"] = key(
+        "comparison", "Which weights validation renders.", pending="validation renders the raw weights"
+    )
+    lycoris_config: Path | None = key(
+        None, "LyCORIS settings, for `lora_type: lycoris`.", pending="`lora_type: standard` does not use it"
+    )
+    push_to_hub: bool = key(False, "Upload the result to the hub.", pending="nothing is uploaded", effect="uploads")
+    push_checkpoints_to_hub: bool = key(False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads")
+    hub_model_id: str | None = key(None, "Repository to upload to.", pending="nothing is uploaded")
+    report_to: str = key("none", "Trackers, such as `wandb`.", pending="only the local log is written")
+    tracker_project_name: str | None = key(None, "Project name for trackers.", pending="only the local log is written")
+    tracker_run_name: str | None = key(None, "Run name for trackers.", pending="only the local log is written")
+    webhook_config: Path | None = key(None, "Webhook settings file.", pending="no webhook is called")
+    validation_guidance_skip_layers: list[int] | None = key(
+        None, "Blocks skipped by skip-layer guidance.", pending="clips are rendered with plain guidance"
+    )
+    validation_guidance_skip_layers_start: float = key(
+        0.0, "Step fraction at which it starts.", pending="clips are rendered with plain guidance", ge=0, le=1
+    )
+    validation_guidance_skip_layers_stop: float = key(
+        0.2, "Step fraction at which it stops.", pending="clips are rendered with plain guidance", ge=0, le=1
+    )
+    validation_prompt_library: bool = key(
+        False, "Render a built-in set of prompts.", pending="there is no built-in set of prompts"
+    )
+    validation_preview: bool = key(False, "Show intermediate frames while sampling.", pending="no previews are made")
+    validation_preview_steps: int = key(1, "Sampling steps between previews.", pending="no previews are made", ge=1)

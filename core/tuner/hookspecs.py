@@ -1,0 +1,304 @@
+"""THE contract: every hook a plugin may implement.
+
+``run`` goes to every hook (:class:`tuner.run.Run`). *One* means exactly one loaded plugin answers,
+*at most one* that none need, *all* that every answer counts and the core merges them. Implement a hook
+as a method of your :class:`tuner.Plugin` subclass, marked with ``@tuner.hookimpl``, with these very
+argument names (a hook may leave out arguments it does not need).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from tuner.blocks import RouteRequest, TokenRoute
+    from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model, Transform
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.validate.results import Validation
+
+PROJECT = "tuner"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+SINGLE = frozenset({"describe_model", "load_model", "encode_batch", "compute_loss", "route_tokens"})
+"""Hooks with at most one answer."""
+REQUIRED = frozenset({"describe_model", "load_model", "encode_batch", "compute_loss"})
+"""Hooks with exactly one answer: what a model family must implement."""
+
+
+class HookSpecs:
+    """The hooks, in the order a run calls them."""
+
+    @hookspec
+    def configure(self, run: Run) -> None:
+        """Check what only the whole selection can tell.
+
+        Called: all, after every config is valid and before any weight is read; also by ``tuner check``.
+        Arguments: ``run``, without device and model spec.
+        Returns: nothing; raises ConfigError to refuse.
+
+        Example::
+
+            @hookimpl
+            def configure(self, run):
+                if self.config.enable_model_cpu_offload and self.config.enable_group_offload:
+                    raise ConfigError("enable_model_cpu_offload and enable_group_offload exclude each other")
+        """
+
+    @hookspec(firstresult=True)
+    def describe_model(self, run: Run) -> ModelSpec:
+        """Say what the model is, without weights and without torch.
+
+        Called: one, before everything that needs dimensions: ``check``, buckets, data report, routes.
+        Arguments: ``run``, without device and model spec.
+        Returns: a ModelSpec, from the model's config.json or a table of flavours.
+
+        Example::
+
+            @hookimpl
+            def describe_model(self, run):
+                return ModelSpec(family="toy", flavour="tiny", base="none", networks=(NetworkSpec("net", ...),), ...)
+        """
+
+    @hookspec
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Check this plugin's keys against the model's dimensions.
+
+        Called: all, right after ``describe_model``; also by ``tuner check``.
+        Arguments: ``run``; ``spec``, what ``describe_model`` answered.
+        Returns: nothing; raises ConfigError to refuse.
+
+        Example::
+
+            @hookimpl
+            def check_model(self, run, spec):
+                check_routes(self.config.tread_config.routes, spec.networks[0].blocks)
+        """
+
+    @hookspec(firstresult=True)
+    def load_model(self, run: Run) -> Model:
+        """Build the model without its weights' storage.
+
+        Called: one, once, after the model is described and the device is known.
+        Arguments: ``run``.
+        Returns: a Model whose networks are on the meta device and come with a lazy source of weights;
+        the core materialises them after the cache is built, tensor by tensor.
+
+        Example::
+
+            @hookimpl
+            def load_model(self, run):
+                from tuner_wan.loading import load
+                return load(run, self.config)
+        """
+
+    @hookspec
+    def quantizers(self, run: Run) -> Mapping[str, Any]:
+        """Offer quantisation backends.
+
+        Called: all, once, before the model's transforms are collected.
+        Arguments: ``run``.
+        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
+        network's modules and takes each tensor as it is read. A value offered twice is an error.
+
+        Example::
+
+            @hookimpl
+            def quantizers(self, run):
+                from tuner_quantization.quanto import Int8Sink
+                return {"int8-quanto": Int8Sink}
+        """
+
+    @hookspec
+    def attention_backends(self, run: Run) -> Mapping[str, Any]:
+        """Offer attention kernels.
+
+        Called: all, once, before the model's transforms are collected.
+        Arguments: ``run``.
+        Returns: value of ``attention_mechanism`` -> an AttentionBackend (see ``tuner.attention``): the
+        name the diffusers dispatcher knows it by, and whether it has a backward. A value offered twice is an error.
+
+        Example::
+
+            @hookimpl
+            def attention_backends(self, run):
+                from tuner.attention import AttentionBackend
+                return {"flex": AttentionBackend(dispatcher="flex", trains=False)}
+        """
+
+    @hookspec
+    def token_selectors(self, run: Run) -> Mapping[str, Any]:
+        """Offer ways to choose which tokens a route keeps.
+
+        Called: all, once, before training.
+        Arguments: ``run``.
+        Returns: name -> a function ``(request, keep, generators) -> Tensor (B, keep)`` of sorted indices.
+
+        Example::
+
+            @hookimpl
+            def token_selectors(self, run):
+                from my_plugin.selectors import by_norm
+                return {"norm": by_norm}
+        """
+
+    @hookspec
+    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
+        """Declare edits of the model: adapters, rewrites, placement.
+
+        Called: all, after ``load_model``; the core sorts them by stage, refuses two claims on one thing, and applies them.
+        Arguments: ``run``; ``model``, not yet materialised.
+        Returns: Transforms.
+
+        Example::
+
+            @hookimpl
+            def model_transforms(self, run, model):
+                from tuner_chunked_ff.chunk import transform
+                return [transform(self.config)]
+        """
+
+    @hookspec
+    def extra_captions(self, run: Run) -> Iterable[str]:
+        """Name captions to encode beside the datasets' own, such as validation prompts.
+
+        Called: all, once, before the text cache is built.
+        Arguments: ``run``.
+        Returns: captions; their encodings are then at ``run.text_cache``.
+
+        Example::
+
+            @hookimpl
+            def extra_captions(self, run):
+                return [run.config.validation_prompt]
+        """
+
+    @hookspec(firstresult=True)
+    def encode_batch(self, run: Run, model: Model, batch: EncodeBatch) -> Encoded:
+        """Encode clips or captions for the cache.
+
+        Called: one, while the cache is built, without gradients; the core holds the needed components loaded.
+        Arguments: ``run``; ``model``; ``batch``, whose ``kind`` is ``video``, ``text`` or ``conditioning``.
+        Returns: one dict of tensors per item (see ``tuner.model.Encoded``). A failure is raised, never stored.
+
+        Example::
+
+            @hookimpl
+            def encode_batch(self, run, model, batch):
+                with model.use("vae") as (vae,):
+                    return [{"latents": latents} for latents in encode(vae, batch.pixels)]
+        """
+
+    @hookspec
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Training is about to begin (or to go on after a resume).
+
+        Called: all, once, with everything placed and restored.
+        Arguments: ``run``; ``model``.
+        Returns: nothing.
+
+        Example::
+
+            @hookimpl
+            def on_train_start(self, run, model):
+                run.log.info("training %s", model.spec.flavour)
+        """
+
+    @hookspec(firstresult=True)
+    def compute_loss(self, run: Run, model: Model, batch: Batch) -> Loss:
+        """Predict and compare: the loss of one micro-batch.
+
+        Called: one, for each micro-batch, with gradients and autocast on. Plugins that change how a loss
+        is made wrap it with ``@hookimpl(wrapper=True)`` and may replace the batch's noise fields.
+        Arguments: ``run``; ``model``; ``batch``, with noise, sigmas and target drawn by the core.
+        Returns: a Loss per sample (``tuner.flow.loss`` makes it from a prediction).
+
+        Example::
+
+            @hookimpl
+            def compute_loss(self, run, model, batch):
+                prediction = model.network.module(batch.noisy, batch.sigmas * 1000, batch.text["states"])
+                return flow.loss(run.config, prediction, batch)
+        """
+
+    @hookspec(firstresult=True)
+    def route_tokens(self, run: Run, request: RouteRequest) -> Sequence[TokenRoute]:
+        """Say which tokens which blocks skip in this forward.
+
+        Called: at most one, by the block driver, once per training forward; never in validation, never on recomputation.
+        Arguments: ``run``; ``request``: block count, detached tokens, grid, forced tokens, positions.
+        Returns: disjoint TokenRoutes.
+
+        Example::
+
+            @hookimpl
+            def route_tokens(self, run, request):
+                return [TokenRoute(2, 28, keep)]
+        """
+
+    @hookspec
+    def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
+        """An optimizer step is done.
+
+        Called: all, after each optimizer step; must not synchronise with the device unless it has to.
+        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_step_end(self, run, model, metrics):
+                self.average.update(model.network.adapter)
+        """
+
+    @hookspec
+    def validate(self, run: Run, model: Model) -> Validation | None:
+        """Look at what the model has learnt.
+
+        Called: all, every ``validation_step_interval`` steps and at the end, in evaluation mode without gradients, on every process.
+        Arguments: ``run``; ``model``.
+        Returns: a Validation (``tuner.validate.results``) of metrics, reported as ``plugin/key``, and media paths; or None.
+
+        Example::
+
+            @hookimpl
+            def validate(self, run, model):
+                return Validation(metrics={"weight_norm": norm(model.network.adapter)})
+        """
+
+    @hookspec
+    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
+        """Write what people use elsewhere: LoRA files, exported weights.
+
+        Called: all, at every checkpoint and at the end, on every process (gathers are collective); only the main one writes.
+        Arguments: ``run``; ``model``; ``directory``, made for this save: write nowhere else.
+        Returns: the files written; the core hashes them into the checkpoint's manifest.
+
+        Example::
+
+            @hookimpl
+            def save(self, run, model, directory):
+                path = directory / "notes.txt"
+                path.write_text(f"step {run.step}")
+                return [path]
+        """
+
+    @hookspec
+    def on_train_end(self, run: Run, model: Model) -> None:
+        """Training is over and the result is saved.
+
+        Called: all, once.
+        Arguments: ``run``; ``model``.
+        Returns: nothing.
+
+        Example::
+
+            @hookimpl
+            def on_train_end(self, run, model):
+                run.log.info("done after %d steps", run.step)
+        """

@@ -1,0 +1,242 @@
+"""What a model family hands over, and what passes between it and the core.
+
+Nothing outside a family knows more about its model than the types of this file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tuner.blocks import BlockStack, Residency, Trampoline
+from tuner.spec import ModelSpec, NetworkSpec
+
+EncodeKind = Literal["text", "video", "conditioning"]
+
+
+class Stage(IntEnum):
+    """When a model edit happens, whatever order its plugins were named in."""
+
+    QUANTIZE = 1
+    """weights replaced, tensor by tensor as they are read"""
+    ADAPT = 2
+    """LoRA and its kind attached"""
+    REWRITE = 3
+    """attention and feed-forward rewritten"""
+    CHECKPOINT = 4
+    """activation checkpointing"""
+    COMPILE = 5
+    """torch.compile"""
+    PLACE = 6
+    """offload, or onto the device"""
+
+
+class Sink(Protocol):
+    """Takes weights as they are read, in place of the plain copy into the parameter."""
+
+    def take(self, module: nn.Module, name: str, tensor: Tensor) -> bool:
+        """Take parameter ``name`` (its full name in ``module``), already in its final dtype; False to decline."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained on one network: its parameters in groups, and how its state is read and written."""
+
+    kind: str
+    """``lora``, ``full``, ``lycoris`` …"""
+    groups: tuple[ParameterGroup, ...]
+    state: Callable[[], dict[str, Tensor]]
+    """Trained tensors by name, as ``save`` formats them; views, on whatever device they live."""
+    load: Callable[[Mapping[str, Tensor]], None]
+    """Copy a state into the existing tensors (never replaces their storage). Raises CheckpointError on other names."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """rank, alpha and the like, for file metadata"""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate scale and a weight decay setting, named for logs and errors."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    rate_scale: float = 1.0
+    weight_decay: bool = True
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One edit of a network, declared by a plugin and applied by the core in order of stage.
+
+    ``claims`` names what it takes for itself, such as ``feed_forward`` or ``base_weights``: two
+    transforms with one claim on the same network are an error that names both.
+    """
+
+    stage: Stage
+    name: str
+    claims: frozenset[str]
+    apply: Callable[[Network], Adapter | None]
+    """Edits the network; a transform of stage ADAPT returns the adapter, others None."""
+    networks: frozenset[str] | None = None
+    """Names of the networks it applies to; None is all."""
+    sink: Callable[[Network], Sink] | None = None
+    """Made before the weights are read; only for QUANTIZE and PLACE."""
+
+
+@dataclass
+class Network:
+    """One denoiser: its module (without storage until the core materialises it) and how to run and fill it."""
+
+    spec: NetworkSpec
+    module: nn.Module
+    stack: BlockStack
+    weights: Callable[[], Iterator[tuple[str, Tensor]]]
+    """A fresh iterator over (parameter name, tensor), read lazily from disk, one tensor in memory at a time."""
+    dtype_of: Callable[[str], torch.dtype]
+    """The dtype each parameter must have (norms and modulation stay float32, say)."""
+    trampoline: Trampoline
+    feed_forwards: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Feed-forward modules by name: token-wise, (B, S, D) -> (B, S, D)."""
+    attention_processors: Callable[[], Iterable[Any]] = tuple
+    """Objects with diffusers' ``_attention_backend`` attribute, one per attention of the denoiser."""
+    residency: Residency | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """The network's name, e.g. ``transformer``."""
+        return self.spec.name
+
+
+@dataclass(frozen=True)
+class Component:
+    """An encoder or decoder that is loaded for a phase and freed after it."""
+
+    load: Callable[[], Any]
+    files: tuple[Path, ...]
+    """config.json and the safetensors (or the folder's other files) that decide its output; the cache key's fingerprint is made of them."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """precision, tiling and whatever else changes its output"""
+    version: int = 1
+    """Bumped by hand when the family's encoding code changes its output (guarded by a golden test)."""
+
+
+@dataclass(frozen=True)
+class EncodeBatch:
+    """What a family is asked to encode for the cache."""
+
+    kind: EncodeKind
+    captions: tuple[str, ...] = ()
+    """for ``text``"""
+    pixels: Tensor | None = None
+    """for ``video`` and ``conditioning``: (B, 3, F, H, W) float32 in [-1, 1]"""
+
+
+Encoded = list[dict[str, Tensor]]
+"""One dict of tensors for each item of the batch, without a batch axis, as it is stored and collated.
+``video`` gives at least ``latents`` (C, F', h, w); ``text`` gives tensors whose first axis is the true length."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch on the device. The core fills it; a ``compute_loss`` wrapper may replace its noise fields.
+
+    B samples; latents have the shape (B, C, F', h, w).
+    """
+
+    latents: Tensor
+    text: dict[str, Tensor]
+    """What ``encode_batch`` gave for the captions; the first axis is zero-padded to the longest of the batch."""
+    video: dict[str, Tensor]
+    """What ``encode_batch`` gave beside ``latents`` for the clips."""
+    sample_ids: tuple[str, ...]
+    positions: tuple[int, ...]
+    """Position of each sample in the global batch of this optimizer step."""
+    sigmas: Tensor
+    """(B,) float32 in [0, 1]"""
+    noise: Tensor
+    noisy: Tensor
+    """(1 - sigma) * latents + sigma * noise"""
+    target: Tensor
+    """noise - latents"""
+    keep_at_least: int = 0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What ``compute_loss`` answers."""
+
+    per_sample: Tensor
+    """(B,) float32, with its graph"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """detached scalars for the log"""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What validation asks a family to render."""
+
+    prompt: Mapping[str, Tensor]
+    """The prompt as ``encode_batch`` gave it (first axis its true length)."""
+    negative: Mapping[str, Tensor]
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance: float
+    seed: int
+    scheduler: str
+    flow_shift: float | None
+    on_step: Callable[[int], None] | None = None
+    """Called with the number of steps done, for the progress bar."""
+
+
+class Model(ABC):
+    """A family's model: its networks, its encoders by phase, and sampling for validation."""
+
+    spec: ModelSpec
+    networks: dict[str, Network]
+    components: dict[str, Component]
+
+    def __init__(
+        self, spec: ModelSpec, networks: Sequence[Network], components: Mapping[str, Component], active: str | None = None
+    ) -> None:
+        self.spec = spec
+        self.networks = {network.name: network for network in networks}
+        self.components = dict(components)
+        self.active = active or networks[0].name
+        self._held: dict[str, tuple[Any, int]] = {}
+
+    @property
+    def network(self) -> Network:
+        """The network being trained now."""
+        return self.networks[self.active]
+
+    @contextmanager
+    def use(self, *names: str) -> Iterator[tuple[Any, ...]]:
+        """The named components, loaded on entry unless an outer ``use`` holds them, freed on the outermost exit."""
+        for name in names:
+            held, count = self._held.get(name, (None, 0))
+            self._held[name] = (self.components[name].load() if count == 0 else held, count + 1)
+        try:
+            yield tuple(self._held[name][0] for name in names)
+        finally:
+            for name in names:
+                held, count = self._held.pop(name)
+                if count > 1:
+                    self._held[name] = (held, count - 1)
+
+    @abstractmethod
+    def sample(self, request: SampleRequest) -> Tensor:
+        """Latents (1, C, F', h, w) of a rendered clip, through the network's own forward, without routes."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames (F, H, W, 3) uint8 of latents (1, C, F', h, w)."""

@@ -1,0 +1,79 @@
+"""Run: what every hook may rely on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner import rng
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from tuner.config.keys import CoreConfig
+    from tuner.plugin import AnyPlugin
+    from tuner.spec import ModelSpec
+
+log = logging.getLogger("tuner")
+
+
+@dataclass
+class Run:
+    """One run, from the moment its config is valid. Plugins read it; only the core writes to it.
+
+    ``device`` and ``dtype`` are set once the engine is up: hooks that come before (``configure``,
+    ``describe_model``) must not read them.
+    """
+
+    config: CoreConfig
+    plugins: Mapping[str, AnyPlugin]
+    """Every loaded plugin by name, built-ins included."""
+    explicit: frozenset[str] = frozenset()
+    """Keys that the user set, as opposed to defaults."""
+    spec: ModelSpec | None = None
+    step: int = 0
+    """Optimizer steps done."""
+    process_index: int = 0
+    process_count: int = 1
+    text_cache: Callable[[str], dict[str, Tensor]] | None = None
+    """The cached encoding of a caption named in ``extra_captions``; set once the cache is built."""
+    log: logging.Logger = log
+    _device: Any = field(default=None, repr=False)
+    _dtype: Any = field(default=None, repr=False)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything this run makes is written."""
+        return self.config.output_dir
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.process_index == 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        if self._device is None:
+            raise RuntimeError("run.device is not known before the engine is up; hooks before load_model must not need it")
+        return self._device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen base and of autocast (``mixed_precision``)."""
+        if self._dtype is None:
+            raise RuntimeError("run.dtype is not known before the engine is up; hooks before load_model must not need it")
+        return self._dtype  # type: ignore[no-any-return]
+
+    def place(self, device: torch.device, dtype: torch.dtype, process_index: int = 0, process_count: int = 1) -> None:
+        """Called once by the engine."""
+        self._device, self._dtype = device, dtype
+        self.process_index, self.process_count = process_index, process_count
+
+    def rng(self, purpose: str, position: int = 0) -> torch.Generator:
+        """A CPU generator for ``purpose`` (use your plugin's name) at this step and position in the global batch."""
+        return rng.generator(self.config.seed, purpose, self.step, position)

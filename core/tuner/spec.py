@@ -1,0 +1,91 @@
+"""Facts about a model that need no weights and no torch.
+
+``tuner check``, the buckets, the data report, the export of LoRA files and the planner read these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """How pixels become latents.
+
+    ``stride_time`` pixel frames (after the first) make one latent frame, so the allowed frame counts
+    are ``stride_time * k + 1``; one frame is an image.
+    """
+
+    channels: int
+    stride_time: int
+    stride_space: int
+
+    def frames_allowed(self, frames: int) -> int:
+        """The largest allowed number of pixel frames that is at most ``frames`` (75 gives 73 for stride 4)."""
+        return 0 if frames < 1 else (frames - 1) // self.stride_time * self.stride_time + 1
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(channels, latent frames, latent height, latent width) of a clip of that many frames and pixels."""
+        return (
+            self.channels,
+            (frames - 1) // self.stride_time + 1,
+            height // self.stride_space,
+            width // self.stride_space,
+        )
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Dimensions of one denoiser, for the routes, the FLOP model and the memory model."""
+
+    name: str
+    blocks: int
+    dim: int
+    heads: int
+    ffn_dim: int
+    text_dim: int
+    text_tokens: int
+    in_channels: int
+    patch: tuple[int, int, int] = (1, 2, 2)
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+    """The noise levels this network is trained on (half open at the low end's upper bound)."""
+
+    def tokens(self, latent_frames: int, latent_height: int, latent_width: int) -> int:
+        """Length S of the sequence that the blocks see."""
+        time, height, width = self.patch
+        return (latent_frames // time) * (latent_height // height) * (latent_width // width)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What :func:`describe_model` answers: everything the core may know of a model before loading it."""
+
+    family: str
+    flavour: str
+    base: str
+    """Where the weights come from: a folder or a hub repository."""
+    networks: tuple[NetworkSpec, ...]
+    latents: LatentGeometry
+    size_multiple: int
+    """Width and height of a training clip must be multiples of this many pixels."""
+    fps: float
+    """Frame rate that the base model was trained at."""
+    adapter_targets: tuple[str, ...]
+    """Module name suffixes that LoRA adapts by default."""
+    encoders: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Kind of encoding (``text``, ``video``, ``conditioning``) to the components it needs."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """Pairs (diffusers module suffix, original module suffix) for exported LoRA keys, most specific first."""
+    defaults: dict[str, object] = field(default_factory=dict)
+    """Core keys this model would rather have another default for, such as ``validation_guidance``."""
+
+    def network(self, name: str) -> NetworkSpec:
+        """The network called ``name``; KeyError when there is none."""
+        return next(network for network in self.networks if network.name == name)
+
+    def original_name(self, module: str) -> str:
+        """The name a module has in the model's original code, e.g. ``blocks.0.attn1.to_q`` -> ``blocks.0.self_attn.q``."""
+        for ours, theirs in self.rename:
+            if module == ours or module.endswith("." + ours):
+                return module[: len(module) - len(ours)] + theirs
+        return module

@@ -1,0 +1,1 @@
+"""tread (being built)."""

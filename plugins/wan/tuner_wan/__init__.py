@@ -1,0 +1,1 @@
+"""wan (being built)."""
