@@ -1,0 +1,140 @@
+"""Flow matching, for any family: noise levels, shift, noisy latents, targets, loss.
+
+With sigma in [0, 1]: noisy = (1 - sigma) * latents + sigma * noise, target = noise - latents, and the
+network's time is 1000 * sigma, continuous and float32 (Lipman et al., arXiv:2210.02747; Esser et al.,
+arXiv:2403.03206 for the logit-normal density and the shift).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tuner import rng
+from tuner.errors import ConfigError
+from tuner.model import Batch, Loss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tuner.config.keys import CoreConfig
+
+AUTO_SHIFT_TOKENS = (256, 4096)
+AUTO_SHIFT_MU = (0.5, 1.15)
+
+
+def check(core: CoreConfig) -> None:
+    """Refuse flow keys that contradict one another. Raises ConfigError."""
+    if core.flow_schedule_auto_shift and core.flow_schedule_shift is not None:
+        raise ConfigError(
+            f"flow_schedule_auto_shift is on and flow_schedule_shift is {core.flow_schedule_shift:g}: only one can hold",
+            remedy="drop flow_schedule_shift to derive the shift from the clip's size, or set flow_schedule_auto_shift to false",
+        )
+    if core.flow_custom_timesteps is not None:
+        bad = [time for time in core.flow_custom_timesteps if not 0 <= time <= 1000]
+        if bad or not core.flow_custom_timesteps:
+            raise ConfigError(
+                f"flow_custom_timesteps holds {bad[0] if bad else 'nothing'}", allowed="one or more numbers from 0 to 1000"
+            )
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """sigma' = s * sigma / (1 + (s - 1) * sigma), elementwise; s = 1 changes nothing."""
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level before the shift that maps to ``sigma``: the pre-shift boundary of an expert."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def auto_shift(tokens: int) -> float:
+    """Shift for a sample of ``tokens`` tokens: exp(mu), mu linear in the tokens, which are clamped to [256, 4096].
+
+    Unclamped, long videos would train on noise only (832x480x81 gives a shift of 404).
+    """
+    low, high = AUTO_SHIFT_TOKENS
+    share = (min(max(tokens, low), high) - low) / (high - low)
+    return math.exp(AUTO_SHIFT_MU[0] + share * (AUTO_SHIFT_MU[1] - AUTO_SHIFT_MU[0]))
+
+
+def draw_sigma(core: CoreConfig, generator: torch.Generator, tokens: int, sigma_range: tuple[float, float] = (0.0, 1.0)) -> float:
+    """One noise level in ``sigma_range``, by the first of: custom timesteps, beta, uniform, logit-normal; then shifted.
+
+    The range (an expert's) holds after the shift and is met exactly, by drawing from the truncated
+    distribution through its inverse: no sample is rejected or clipped.
+    """
+    if core.flow_custom_timesteps:
+        times = core.flow_custom_timesteps
+        return times[int(torch.randint(len(times), (), generator=generator))] / 1000
+    shift = auto_shift(tokens) if core.flow_schedule_auto_shift else core.flow_schedule_shift or 1.0
+    low, high = (unshift_sigma(bound, shift) for bound in sigma_range)
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    if core.flow_use_beta_schedule:
+        from scipy.stats import beta
+
+        density = beta(core.flow_beta_schedule_alpha, core.flow_beta_schedule_beta)
+        bottom, top = density.cdf(low), density.cdf(high)
+        sigma = float(density.ppf(bottom + uniform * (top - bottom)))
+    elif core.flow_use_uniform_schedule:
+        sigma = low + uniform * (high - low)
+    else:
+        sigma = _logit_normal(uniform, low, high, core.flow_sigmoid_scale)
+    return float(shift_sigmas(torch.tensor(sigma, dtype=torch.float64), shift))
+
+
+def _logit_normal(uniform: float, low: float, high: float, scale: float) -> float:
+    """Inverse of the distribution function of sigmoid(scale * N(0, 1)), truncated to [low, high], at ``uniform``."""
+    bounds = torch.special.logit(torch.tensor([low, high], dtype=torch.float64)) / scale
+    bottom, top = torch.special.ndtr(bounds).tolist()
+    normal = torch.special.ndtri(torch.tensor(bottom + uniform * (top - bottom), dtype=torch.float64))
+    return float(torch.sigmoid(scale * normal))
+
+
+def draw(
+    core: CoreConfig,
+    *,
+    step: int,
+    positions: Sequence[int],
+    latents: Tensor,
+    tokens: int,
+    sigma_range: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Noise levels (B,) float32 and noise like ``latents`` (B, C, F', h, w), each sample from its own generators.
+
+    They depend on (seed, step, position in the global batch) alone: not on the process, the device or
+    the other samples.
+    """
+    sigmas = [draw_sigma(core, rng.generator(core.seed, "sigma", step, at), tokens, sigma_range) for at in positions]
+    noise = [
+        torch.randn(latents.shape[1:], generator=rng.generator(core.seed, "noise", step, at), dtype=torch.float32)
+        for at in positions
+    ]
+    return (
+        torch.tensor(sigmas, dtype=torch.float32).to(latents.device),
+        torch.stack(noise).to(latents.device, latents.dtype),
+    )
+
+
+def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:
+    """(noisy, target) for latents and noise (B, C, F', h, w) and float32 ``sigmas`` (B,)."""
+    level = sigmas.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - level) * latents + level * noise, noise - latents
+
+
+def loss(core: CoreConfig, prediction: Tensor, batch: Batch) -> Loss:
+    """Distance between ``prediction`` and ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch."""
+    distance = _distance(core, prediction.float() - batch.target.float())
+    return Loss(per_sample=distance.flatten(1).mean(1))
+
+
+def _distance(core: CoreConfig, difference: Tensor) -> Tensor:
+    """Elementwise loss of ``difference`` by ``loss_type``."""
+    if core.loss_type == "l2":
+        return difference.square()
+    c = core.huber_c
+    root = (difference.square() + c * c).sqrt() - c
+    return 2 * c * root if core.loss_type == "huber" else 2 * root

@@ -1,0 +1,76 @@
+"""Applying the edits that plugins declare: sorted by stage, claims checked, each one logged.
+
+The order comes from the stages alone, never from the order in which plugins were named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tuner import rng
+from tuner.errors import ConfigError, PluginError
+from tuner.materialise import materialise
+from tuner.model import Model, Network, Sink, Stage, Transform
+
+if TYPE_CHECKING:
+    from tuner.manager import Manager
+    from tuner.run import Run
+
+
+def collect(run: Run, model: Model, manager: Manager) -> list[Transform]:
+    """Every loaded plugin's transforms, the quantiser's included, in the order of application."""
+    found = [
+        transform for _, answer in manager.collect("model_transforms", run=run, model=model) for transform in answer
+    ]
+    quantiser = _quantiser(run, manager)
+    if quantiser is not None:
+        found.append(quantiser)
+    return sorted(found, key=lambda transform: (transform.stage, transform.name))
+
+
+def _quantiser(run: Run, manager: Manager) -> Transform | None:
+    """The transform of ``base_model_precision``, from the registry of quantisation backends."""
+    precision = run.config.base_model_precision
+    if precision == "no_change":
+        return None
+    backends: dict[str, Callable[[Network], Sink]] = manager.registry("quantizers", run)
+    return Transform(
+        stage=Stage.QUANTIZE,
+        name=precision,
+        claims=frozenset({"base_weights"}),
+        apply=lambda network: None,
+        sink=backends[precision],
+    )
+
+
+def prepare(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
+    """Materialise ``network`` and apply ``transforms`` to it. Raises PluginError where two claim one thing."""
+    mine = [each for each in transforms if each.networks is None or network.name in each.networks]
+    _check_claims(network, mine)
+    sinks = [each.sink(network) for each in mine if each.sink is not None]
+    materialise(network, device=run.device, sinks=sinks)
+    for transform in mine:
+        # What a transform draws (adapter initialisation) must not depend on what ran before it.
+        rng.seed_global(run.config.seed, f"transform.{transform.name}.{network.name}")
+        adapter = transform.apply(network)
+        if adapter is not None:
+            network.adapter = adapter
+        run.log.debug("%s: %s applied to %s", transform.stage.name, transform.name, network.name)
+    if network.adapter is None:
+        raise ConfigError(
+            f"nothing is trained on network {network.name!r}: no loaded plugin provides model_type {run.config.model_type!r}",
+            remedy="load the plugin that does (lora and full are built in; did --without leave it out?)",
+        )
+
+
+def _check_claims(network: Network, transforms: Sequence[Transform]) -> None:
+    owner: dict[str, str] = {}
+    for transform in transforms:
+        for claim in sorted(transform.claims):
+            if claim in owner:
+                raise PluginError(
+                    f"{owner[claim]!r} and {transform.name!r} both change the {claim.replace('_', ' ')} of network {network.name!r}",
+                    remedy="unload one of them with --without",
+                )
+            owner[claim] = transform.name
