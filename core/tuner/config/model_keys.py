@@ -32,7 +32,7 @@ class ModelKeys(PluginConfig):
         None, "Take tokenizer and text encoder from here instead (subfolders `tokenizer`, `text_encoder`)."
     )
     revision: str | None = key(None, "Revision of the hub repository.")
-    mixed_precision: Literal["bf16", "fp16", "no"] = key("bf16", "Autocast of the training step, and dtype of the frozen base.")
+    mixed_precision: Literal["bf16", "no"] = key("bf16", "Autocast of the training step, and dtype of the frozen base.")
     base_model_precision: str = key(
         "no_change",
         "Quantise the frozen base, such as `int8-quanto`; the values come from the loaded quantisation plugins. `no_change` leaves it.",

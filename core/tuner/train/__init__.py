@@ -1,0 +1,1 @@
+"""Training: engine, loop, optimizers, schedules, guards, log and checkpoints."""

@@ -1,0 +1,153 @@
+"""The flow of a run, left to right: config, plugins, model facts, data, cache, training, saving.
+
+``check`` walks it up to the data, ``cache`` up to the encodings, ``run`` to the end. Whatever can be
+refused is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tuner import output
+from tuner.train import checkpoint, optimizers, schedules
+
+if TYPE_CHECKING:
+    from tuner.assembly import Assembly
+    from tuner.data.encode import CachedData
+    from tuner.data.plan import Plan
+    from tuner.data.prepare import Prepared
+    from tuner.model import Model
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known before any weight is read."""
+
+    run: Run
+    spec: ModelSpec
+    prepared: Prepared
+    plan: Plan
+    total: int
+    """Optimizer steps of the whole run."""
+
+
+def survey(assembly: Assembly, *, processes: int = 1) -> Survey:
+    """Configure the plugins, describe the model, look at the data, and plan the epochs.
+
+    Raises the first ConfigError, ModelError or DataError that the user can mend.
+    """
+    from tuner import flow
+    from tuner.assembly import new_run
+    from tuner.data.prepare import prepare
+
+    run = new_run(assembly)
+    optimizers.check(run.config)
+    hook = assembly.manager.hook
+    spec: ModelSpec = hook.describe_model(run=run)
+    run.spec = spec
+    hook.check_model(run=run, spec=spec)
+    prepared = prepare(run.config, spec, show_progress=run.is_main)
+    flow.check(run.config)
+    plan = make_plan(run, prepared.samples, processes)
+    return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
+
+
+def make_plan(run: Run, samples: object, processes: int) -> Plan:
+    """The order of training, a pure function of the samples and the config."""
+    from tuner.data.plan import Plan
+
+    return Plan(
+        samples,
+        seed=run.config.seed,
+        batch_size=run.config.train_batch_size,
+        accumulation=run.config.gradient_accumulation_steps,
+        world=processes,
+    )
+
+
+def check(assembly: Assembly) -> None:
+    """Everything ``run`` does before it reads weights; prints the data report and what would happen."""
+    found = survey(assembly)
+    output.show_survey(found)
+
+
+def cache(assembly: Assembly) -> None:
+    """Encode what is not encoded yet, and stop there."""
+    from tuner.train.engine import Engine
+
+    found = survey(assembly)
+    output.show_survey(found)
+    Engine(found.run)
+    _encode(assembly, found, assembly.manager.hook.load_model(run=found.run))
+
+
+def run(assembly: Assembly) -> None:
+    """The whole job. Raises TunerError for whatever a user can mend."""
+    from tuner.train.engine import Engine
+
+    found = survey(assembly)
+    output.show_survey(found)
+    resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
+    if resume is not None and resume[1]["step"] >= found.total:
+        output.show_finished(found, resume[0])
+        return
+    with output.lock(found.run.output_dir):
+        engine = Engine(found.run)
+        model: Model = assembly.manager.hook.load_model(run=found.run)
+        cached = _encode(assembly, found, model)
+        saved = _train(assembly, found, engine, model, cached, resume)
+    if saved is not None:
+        output.show_result(found, saved)
+
+
+def _encode(assembly: Assembly, found: Survey, model: Model) -> CachedData:
+    """Fill the cache and let the plugins read the captions they asked for."""
+    from tuner.data.encode import build_cache
+
+    hook = assembly.manager.hook
+    extra = [caption for answer in hook.extra_captions(run=found.run) for caption in answer]
+    cached = build_cache(found.run, model, hook, found.prepared, extra)
+    found.run.text_cache = cached.text
+    return cached
+
+
+def _train(
+    assembly: Assembly,
+    found: Survey,
+    engine: Engine,
+    model: Model,
+    cached: CachedData,
+    resume: tuple[Path, dict[str, object], list[str]] | None,
+) -> Path | None:
+    """Give the networks their weights and edits, take back a checkpoint, and train."""
+    from tuner import transforms
+    from tuner.data.loader import Loader
+    from tuner.train.loop import train
+    from tuner.train.session import Session
+
+    run = found.run
+    edits = transforms.collect(run, model, assembly.manager)
+    for network in model.networks.values():
+        transforms.prepare(run, network, edits)
+    plan = found.plan if cached.samples == found.prepared.samples else make_plan(run, cached.samples, run.process_count)
+    loader = Loader(
+        cached,
+        plan,
+        rank=run.process_index,
+        world=run.process_count,
+        seed=run.config.seed,
+        caption_dropout=run.config.caption_dropout_probability,
+    )
+    manifest = output.manifest(assembly, found)
+    session = Session(run, assembly.manager, model, engine, plan, loader, found.total, manifest)
+    if resume is not None:
+        path, saved, passed = resume
+        session.restore(path)
+        run.step = int(str(saved["step"]))
+        output.show_resume(run, path, saved, manifest, passed)
+    return train(session)

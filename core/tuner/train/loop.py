@@ -1,0 +1,101 @@
+"""The training loop: step, log, validate, checkpoint, until the end or until someone asks to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tuner.train import checkpoint
+from tuner.train.interrupt import Interrupt, watch
+from tuner.train.log import StepLog
+from tuner.train.progress import TrainProgress, showing
+from tuner.train.session import Session
+from tuner.train.step import StepResult, train_step
+from tuner.validate.stage import validate
+
+
+def train(session: Session) -> Path | None:
+    """Train to the last step. Returns the folder of the newest checkpoint, or None where none was written.
+
+    Validation comes before the checkpoint of the same step: a run killed in between repeats it.
+    """
+    run, config = session.run, session.run.config
+    log = StepLog(run.output_dir, resumed_at=run.step)
+    session.manager.hook.on_train_start(run=run, model=session.model)
+    saved: Path | None = None
+    first = True
+    with watch() as interrupt, showing(run.step, session.total) as progress:
+        while run.step < session.total and interrupt.requested is None:
+            began = time.perf_counter()
+            result = train_step(session, first=first)
+            first = first and result.skipped
+            run.step += 1
+            seconds = time.perf_counter() - began
+            last = run.step == session.total
+            metrics = {}
+            if last or _due(run.step, config.validation_step_interval):
+                metrics = validate(run, session.model, session.manager, session.engine)
+            _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
+            if last or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
+                saved = save(session)
+    log.close()
+    if run.step == session.total:
+        session.manager.hook.on_train_end(run=run, model=session.model)
+    _say_stopped(session, interrupt, saved)
+    return saved
+
+
+def save(session: Session) -> Path:
+    """Write the checkpoint of this step, then prune the oldest beyond the limit."""
+    run = session.run
+    target = checkpoint.folder(run.output_dir, run.step)
+    with checkpoint.writing(target, {"step": run.step, **session.manifest}) as directory:
+        session.save_into(directory)
+    for path in checkpoint.prune(run.output_dir, run.config.checkpoints_total_limit):
+        run.log.info("removed %s (checkpoints_total_limit %d)", path, run.config.checkpoints_total_limit)
+    return target
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _report(
+    session: Session, log: StepLog, progress: TrainProgress, result: StepResult, more: Mapping[str, float]
+) -> None:
+    """The step's line in the log, its progress, and the plugins that listen."""
+    run = session.run
+    progress.update(run.step, result.loss, result.learning_rate)
+    if len(more) > 1 or _due(run.step, run.config.logging_steps) or run.step == session.total:
+        log.write(run.step, {**_line(session, result), **more})
+    for name, error in session.manager.notify(
+        "on_step_end", run=run, model=session.model, metrics={"loss": result.loss, **result.metrics}
+    ):
+        run.log.warning("plugin %r failed in on_step_end: %s", name, error)
+
+
+def _line(session: Session, result: StepResult) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "epoch": session.plan.epoch_of(session.run.step - 1),
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": result.learning_rate,
+        "samples": result.samples,
+        **({"skipped": True} if result.skipped else {}),
+        **{name: float(value) for name, value in result.metrics.items()},
+    }
+    peak = session.engine.peak_memory()
+    return line if peak is None else {**line, "peak_memory_bytes": peak}
+
+
+def _say_stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> None:
+    if interrupt.requested and session.run.step < session.total:
+        session.run.log.warning(
+            "%s: stopped after step %d of %d; %s",
+            interrupt.requested,
+            session.run.step,
+            session.total,
+            f"saved in {saved}: start again with resume_from_checkpoint: latest" if saved else "nothing new to save",
+        )

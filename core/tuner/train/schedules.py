@@ -1,0 +1,53 @@
+"""Learning-rate curves as pure functions of the step: resuming is arithmetic, there is no state."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuner.config.keys import CoreConfig
+
+
+def warmup_steps(core: CoreConfig, total: int) -> int:
+    """Steps of linear warm-up; none where the configured warm-up is as long as the run (users have such configs)."""
+    if core.lr_scheduler == "constant" or core.lr_warmup_steps >= total:
+        return 0
+    return core.lr_warmup_steps
+
+
+def learning_rate(core: CoreConfig, step: int, total: int) -> float:
+    """The base learning rate of optimizer step ``step`` (from 0) of ``total``.
+
+    Linear warm-up from 0 over ``warmup_steps``; then constant, a line to ``lr_end``, or half a cosine
+    from the base rate to ``lr_end`` at the last step's end.
+    """
+    warmup = warmup_steps(core, total)
+    if step < warmup:
+        return core.learning_rate * step / warmup
+    share = min(1.0, (step - warmup) / max(1, total - warmup))
+    if core.lr_scheduler == "linear":
+        return core.learning_rate + (core.lr_end - core.learning_rate) * share
+    if core.lr_scheduler == "cosine":
+        return core.lr_end + (core.learning_rate - core.lr_end) * (1 + math.cos(math.pi * share)) / 2
+    return core.learning_rate
+
+
+def total_steps(core: CoreConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run, from ``max_train_steps`` and ``num_train_epochs``.
+
+    With both given the shorter ends the run, unless ``ignore_final_epochs``. Raises ConfigError with neither.
+    """
+    by_epochs = core.num_train_epochs * steps_per_epoch
+    if core.max_train_steps and (not by_epochs or core.ignore_final_epochs):
+        return core.max_train_steps
+    if core.max_train_steps:
+        return min(core.max_train_steps, by_epochs)
+    if by_epochs:
+        return by_epochs
+    from tuner.errors import ConfigError
+
+    raise ConfigError(
+        "max_train_steps and num_train_epochs are both 0: the run has no length",
+        remedy="set one of them, for example max_train_steps: 2000",
+    )

@@ -1,0 +1,74 @@
+"""Everything the training loop works with, put together once and passed as one argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuner.blocks import StepContext
+from tuner.model import Batch, Model, Network
+from tuner.train import optimizers, state
+from tuner.train.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from tuner.data.loader import Loader
+    from tuner.data.plan import Plan
+    from tuner.manager import Manager
+    from tuner.run import Run
+
+
+@dataclass
+class Session:
+    """One training run, ready to step."""
+
+    run: Run
+    manager: Manager
+    model: Model
+    engine: Engine
+    plan: Plan
+    loader: Loader
+    total: int
+    """Optimizer steps of the whole run."""
+    manifest: Mapping[str, object]
+    """What every checkpoint's manifest says beside its step."""
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, network in self.model.networks.items():
+            if network.adapter is not None:
+                self.optimizers[name] = optimizers.make(self.run.config, network.adapter.groups, self.engine.device)
+
+    @property
+    def trained(self) -> list[Network]:
+        """The networks that have something to train."""
+        return [network for network in self.model.networks.values() if network.adapter is not None]
+
+    def context(self, batch: Batch) -> StepContext:
+        """What a training forward of ``batch`` is run with."""
+        hook = self.manager.hook.route_tokens
+        return StepContext(
+            router=(lambda request: hook(run=self.run, request=request) or ()) if hook.get_hookimpls() else None,
+            checkpointing=self.run.config.gradient_checkpointing,
+            residency=self.model.network.residency,
+            keep_at_least=batch.keep_at_least,
+            positions=batch.positions,
+        )
+
+    def save_into(self, directory: Path) -> None:
+        """Write everything a resume needs, and what people use elsewhere, into ``directory``."""
+        for network in self.trained:
+            state.save_network(network, self.optimizers[network.name], directory)
+        state.save_plugins(self.run.plugins, directory)
+        self.manager.hook.save(run=self.run, model=self.model, directory=directory)
+
+    def restore(self, directory: Path) -> None:
+        """Take everything back from a whole checkpoint. Raises CheckpointError when it does not fit."""
+        for network in self.trained:
+            state.load_network(network, self.optimizers[network.name], directory)
+        for name in state.load_plugins(self.run.plugins, directory):
+            self.run.log.warning("the checkpoint holds state of plugin %r, which is not loaded", name)

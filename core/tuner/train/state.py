@@ -1,0 +1,115 @@
+"""What a checkpoint holds, as safetensors and JSON: trained tensors, optimizer state, plugin state. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tuner.errors import CheckpointError
+from tuner.model import Network
+from tuner.plugin import AnyPlugin
+
+NUMBERS = "numbers"
+"""Metadata key of the JSON beside the tensors."""
+
+
+def adapter_file(network: str) -> str:
+    """Name of the file with a network's trained tensors."""
+    return f"adapter.{network}.safetensors"
+
+
+def optimizer_file(network: str) -> str:
+    """Name of the file with a network's optimizer state."""
+    return f"optimizer.{network}.safetensors"
+
+
+def plugin_file(plugin: str) -> str:
+    """Name of the file with a plugin's state."""
+    return f"plugin.{plugin}.safetensors"
+
+
+def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Write the trained tensors and the optimizer state of ``network``."""
+    assert network.adapter is not None
+    write(directory / adapter_file(network.name), network.adapter.state(), {})
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            home = tensors if isinstance(value, Tensor) else numbers
+            home[f"{index}.{name}"] = value
+    write(directory / optimizer_file(network.name), tensors, numbers)
+
+
+def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Copy trained tensors into the network's own and restore the optimizer.
+
+    Raises CheckpointError when the checkpoint was made with other trained tensors or another optimizer.
+    """
+    assert network.adapter is not None
+    path = directory / adapter_file(network.name)
+    if not path.exists():
+        raise CheckpointError(
+            f"the checkpoint has no trained tensors for network {network.name!r}",
+            where=directory,
+            remedy="it belongs to another model: choose another output_dir",
+        )
+    network.adapter.load(read(path)[0])
+    tensors, numbers = read(directory / optimizer_file(network.name))
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in [*tensors.items(), *numbers.items()]:
+        index, _, leaf = name.partition(".")
+        state.setdefault(int(index), {})[leaf] = value
+    current = optimizer.state_dict()
+    count = sum(len(group["params"]) for group in current["param_groups"])
+    if state and max(state) >= count:
+        raise CheckpointError(
+            f"the optimizer state is for {max(state) + 1} tensors, and {count} are trained now",
+            where=directory,
+            remedy="resume with the adapter settings the run was started with, or choose another output_dir",
+        )
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def save_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> None:
+    """Write the state of every plugin that has one, under the plugin's name."""
+    for name, plugin in plugins.items():
+        state = plugin.state_dict()
+        if state:
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            write(
+                directory / plugin_file(name), tensors, {key: value for key, value in state.items() if key not in tensors}
+            )
+
+
+def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> list[str]:
+    """Give every plugin its state back; the names of plugins whose state nobody loaded are returned."""
+    saved = {path.name.split(".")[1] for path in directory.glob(plugin_file("*"))}
+    for name in sorted(saved & set(plugins)):
+        tensors, numbers = read(directory / plugin_file(name))
+        plugins[name].load_state_dict({**tensors, **numbers})
+    return sorted(saved - set(plugins))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Write named tensors and JSON values to one safetensors file."""
+    save_file(
+        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={NUMBERS: json.dumps(dict(numbers))},
+    )
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, each in storage of its own (mapped offsets would change bits on CPU), and JSON values."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+    return tensors, json.loads(metadata.get(NUMBERS, "{}"))

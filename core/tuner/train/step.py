@@ -1,0 +1,137 @@
+"""One optimizer step, readable from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tuner import flow, rng
+from tuner.data.loader import LoadedBatch
+from tuner.errors import TrainingError
+from tuner.model import Batch, Loss
+from tuner.train import guards, schedules
+from tuner.train.session import Session
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    samples: int
+    skipped: bool
+    metrics: Mapping[str, Tensor]
+    """what ``compute_loss`` measured, still on the device"""
+
+
+def train_step(session: Session, *, first: bool) -> StepResult:
+    """Forward, backward, clip, step. ``first`` checks that every trained tensor gets a gradient.
+
+    There is one host read, after all backwards are queued: the loss and the gradient norm together. A
+    non-finite value never reaches the optimizer. Raises TrainingError for it unless ``nonfinite`` is ``skip``.
+    """
+    run, network = session.run, session.model.network
+    optimizer = session.optimizers[network.name]
+    rate = schedules.learning_rate(run.config, run.step, session.total)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_scale"]
+
+    micro_batches = session.plan.micro_batches(run.step)
+    samples = sum(len(each.samples) for each in micro_batches)
+    slots = range(run.process_index, len(micro_batches), run.process_count)
+    total = torch.zeros((), device=session.engine.device)
+    seen: list[str] = []
+    metrics: dict[str, Tensor] = {}
+    for slot in slots:
+        batch = make_batch(session, session.loader.load(run.step, slot))
+        loss = _loss(session, batch, slot)
+        metrics.update(loss.metrics)
+        # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
+        scaled = loss.per_sample.sum() / samples
+        scaled.backward()  # type: ignore[no-untyped-call]
+        total += scaled.detach()
+        seen += batch.sample_ids
+    if first:
+        guards.check_gradient_coverage(network)
+
+    norm = clip_gradients(session)
+    value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+    finite = math.isfinite(value) and math.isfinite(norm_value)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not finite:
+        _nonfinite(session, value, norm_value, seen)
+    return StepResult(value, norm_value, rate, samples, not finite, metrics)
+
+
+def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
+    """A loaded batch on the device, with the noise, times and target drawn by the core."""
+    device, network = session.engine.device, session.model.network
+    latents = loaded.latents.to(device, non_blocking=True)
+    sigmas, noise = flow.draw(
+        session.run.config,
+        step=session.run.step,
+        positions=loaded.positions,
+        latents=latents,
+        tokens=network.spec.tokens(*latents.shape[2:]),
+        sigma_range=network.spec.sigma_range,
+    )
+    noisy, target = flow.mix(latents, noise, sigmas)
+    return Batch(
+        latents=latents,
+        text={name: tensor.to(device, non_blocking=True) for name, tensor in loaded.text.items()},
+        video={name: tensor.to(device, non_blocking=True) for name, tensor in loaded.video.items()},
+        sample_ids=loaded.sample_ids,
+        positions=loaded.positions,
+        sigmas=sigmas,
+        noise=noise,
+        noisy=noisy,
+        target=target,
+        keep_at_least=loaded.keep_at_least,
+    )
+
+
+def _loss(session: Session, batch: Batch, slot: int) -> Loss:
+    """The loss of one micro-batch, through the family's hook, with autocast and the step's context."""
+    run = session.run
+    session.model.network.trampoline.context = session.context(batch)
+    # Whatever torch draws from its global generator (dropout) is then a function of step and slot.
+    rng.seed_global(run.config.seed, "micro_batch", run.step, slot)
+    with session.engine.autocast():
+        return session.manager.hook.compute_loss(run=run, model=session.model, batch=batch)  # type: ignore[no-any-return]
+
+
+def clip_gradients(session: Session) -> Tensor:
+    """Clip as configured; returns the global L2 norm before clipping, on the device."""
+    config = session.run.config
+    parameters = [
+        parameter
+        for group in session.optimizers[session.model.network.name].param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    ]
+    norm = nn.utils.get_total_norm([each.grad for each in parameters])
+    if config.max_grad_norm and config.grad_clip_method == "norm":
+        nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+    elif config.max_grad_norm:
+        nn.utils.clip_grad_value_(parameters, config.max_grad_norm)
+    return norm
+
+
+def _nonfinite(session: Session, loss: float, norm: float, samples: list[str]) -> None:
+    message = f"step {session.run.step + 1}: the loss is {loss} and the gradient norm {norm}; samples: {', '.join(samples)}"
+    if session.run.config.nonfinite == "skip":
+        session.run.log.warning("%s; the step was skipped", message)
+        return
+    raise TrainingError(
+        message,
+        remedy="look at these clips, lower learning_rate, or set nonfinite: skip to leave such steps out; "
+        "the checkpoints before this step are sound",
+    )

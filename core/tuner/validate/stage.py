@@ -1,0 +1,52 @@
+"""The validation stage: every ``validate`` hook, in evaluation mode, leaving no trace on the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from tuner.blocks import StepContext
+from tuner.model import Model
+
+if TYPE_CHECKING:
+    from tuner.manager import Manager
+    from tuner.run import Run
+    from tuner.train.engine import Engine
+
+
+def validate(run: Run, model: Model, manager: Manager, engine: Engine) -> dict[str, float]:
+    """Ask every plugin what it sees; returns the numbers as ``plugin/key``."""
+    with untouched(model, engine.device), engine.autocast():
+        answers = manager.collect("validate", run=run, model=model)
+    return {
+        f"{plugin}/{key}": float(value)
+        for plugin, answer in answers
+        if answer is not None
+        for key, value in answer.metrics.items()
+    }
+
+
+@contextmanager
+def untouched(model: Model, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients, routes or checkpointing; modes, contexts and generators are restored."""
+    networks = list(model.networks.values())
+    before = [(network, network.trampoline.context, _modes(network.module)) for network in networks]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            for network, _, _ in before:
+                network.module.eval()
+                network.trampoline.context = StepContext(residency=network.residency)
+            yield
+        finally:
+            for network, context, modes in before:
+                network.trampoline.context = context
+                for module, training in modes:
+                    module.training = training
+
+
+def _modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
+    return [(each, each.training) for each in module.modules()]
