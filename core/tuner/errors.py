@@ -79,7 +79,7 @@ class TrainingError(TunerError):
     exit_code = 3
 
 
-class ConfigErrors(ConfigError):
+class ConfigErrors(ConfigError):  # noqa: N818
     """Several config errors found in one reading, printed together so that all can be mended at once."""
 
     def __init__(self, errors: Iterable[TunerError]) -> None:

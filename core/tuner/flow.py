@@ -30,14 +30,16 @@ def check(core: CoreConfig) -> None:
     """Refuse flow keys that contradict one another. Raises ConfigError."""
     if core.flow_schedule_auto_shift and core.flow_schedule_shift is not None:
         raise ConfigError(
-            f"flow_schedule_auto_shift is on and flow_schedule_shift is {core.flow_schedule_shift:g}: only one can hold",
-            remedy="drop flow_schedule_shift to derive the shift from the clip's size, or set flow_schedule_auto_shift to false",
+            f"flow_schedule_auto_shift is on and flow_schedule_shift is {core.flow_schedule_shift:g}: choose one",
+            remedy="drop flow_schedule_shift to derive the shift from the clip's size, "
+            "or set flow_schedule_auto_shift to false",
         )
     if core.flow_custom_timesteps is not None:
         bad = [time for time in core.flow_custom_timesteps if not 0 <= time <= 1000]
         if bad or not core.flow_custom_timesteps:
             raise ConfigError(
-                f"flow_custom_timesteps holds {bad[0] if bad else 'nothing'}", allowed="one or more numbers from 0 to 1000"
+                f"flow_custom_timesteps holds {bad[0] if bad else 'nothing'}",
+                allowed="one or more numbers from 0 to 1000",
             )
 
 
@@ -61,7 +63,9 @@ def auto_shift(tokens: int) -> float:
     return math.exp(AUTO_SHIFT_MU[0] + share * (AUTO_SHIFT_MU[1] - AUTO_SHIFT_MU[0]))
 
 
-def draw_sigma(core: CoreConfig, generator: torch.Generator, tokens: int, sigma_range: tuple[float, float] = (0.0, 1.0)) -> float:
+def draw_sigma(
+    core: CoreConfig, generator: torch.Generator, tokens: int, sigma_range: tuple[float, float] = (0.0, 1.0)
+) -> float:
     """One noise level in ``sigma_range``, by the first of: custom timesteps, beta, uniform, logit-normal; then shifted.
 
     The range (an expert's) holds after the shift and is met exactly, by drawing from the truncated
@@ -126,7 +130,7 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]
 
 
 def loss(core: CoreConfig, prediction: Tensor, batch: Batch) -> Loss:
-    """Distance between ``prediction`` and ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch."""
+    """Distance of ``prediction`` from ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch."""
     distance = _distance(core, prediction.float() - batch.target.float())
     return Loss(per_sample=distance.flatten(1).mean(1))
 

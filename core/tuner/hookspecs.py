@@ -151,7 +151,7 @@ class HookSpecs:
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
         """Declare edits of the model: adapters, rewrites, placement.
 
-        Called: all, after ``load_model``; the core sorts them by stage, refuses two claims on one thing, and applies them.
+        Called: all, after ``load_model``; the core sorts them by stage, refuses two claims on one thing, applies them.
         Arguments: ``run``; ``model``, not yet materialised.
         Returns: Transforms.
 
@@ -230,7 +230,7 @@ class HookSpecs:
     def route_tokens(self, run: Run, request: RouteRequest) -> Sequence[TokenRoute]:
         """Say which tokens which blocks skip in this forward.
 
-        Called: at most one, by the block driver, once per training forward; never in validation, never on recomputation.
+        Called: at most one, by the block driver, once per training forward; never in validation or recomputation.
         Arguments: ``run``; ``request``: block count, detached tokens, grid, forced tokens, positions.
         Returns: disjoint TokenRoutes.
 
@@ -260,9 +260,10 @@ class HookSpecs:
     def validate(self, run: Run, model: Model) -> Validation | None:
         """Look at what the model has learnt.
 
-        Called: all, every ``validation_step_interval`` steps and at the end, in evaluation mode without gradients, on every process.
+        Called: all, every ``validation_step_interval`` steps and at the end, in evaluation mode, without gradients,
+        on every process.
         Arguments: ``run``; ``model``.
-        Returns: a Validation (``tuner.validate.results``) of metrics, reported as ``plugin/key``, and media paths; or None.
+        Returns: a Validation (``tuner.validate.results``) of metrics, reported as ``plugin/key``, and media; or None.
 
         Example::
 
@@ -275,7 +276,7 @@ class HookSpecs:
     def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
         """Write what people use elsewhere: LoRA files, exported weights.
 
-        Called: all, at every checkpoint and at the end, on every process (gathers are collective); only the main one writes.
+        Called: all, at every checkpoint and at the end, on every process (gathers are collective); the main one writes.
         Arguments: ``run``; ``model``; ``directory``, made for this save: write nowhere else.
         Returns: the files written; the core hashes them into the checkpoint's manifest.
 

@@ -121,7 +121,7 @@ class Component:
 
     load: Callable[[], Any]
     files: tuple[Path, ...]
-    """config.json and the safetensors (or the folder's other files) that decide its output; the cache key's fingerprint is made of them."""
+    """config.json, the safetensors and whatever else decides its output: the cache key's fingerprint is made of them."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """precision, tiling and whatever else changes its output"""
     version: int = 1
@@ -206,7 +206,11 @@ class Model(ABC):
     components: dict[str, Component]
 
     def __init__(
-        self, spec: ModelSpec, networks: Sequence[Network], components: Mapping[str, Component], active: str | None = None
+        self,
+        spec: ModelSpec,
+        networks: Sequence[Network],
+        components: Mapping[str, Component],
+        active: str | None = None,
     ) -> None:
         self.spec = spec
         self.networks = {network.name: network for network in networks}

@@ -38,7 +38,9 @@ def lock(output_dir: Path) -> Iterator[None]:
         file = path.open("w")
     except OSError as error:
         raise CheckpointError(
-            f"the output folder cannot be written: {error.strerror}", where=output_dir, remedy="choose another output_dir"
+            f"the output folder cannot be written: {error.strerror}",
+            where=output_dir,
+            remedy="choose another output_dir",
         ) from None
     with file:
         try:
@@ -112,7 +114,9 @@ def show_resume(run: Run, path: Path, saved: Mapping[str, Any], now: Mapping[str
         )
     before = dict(saved.get("config") or {})
     changed = sorted(
-        key for key in {*before, *now["config"]} if before.get(key) != now["config"].get(key) and key != "resume_from_checkpoint"
+        key
+        for key in {*before, *now["config"]}
+        if before.get(key) != now["config"].get(key) and key != "resume_from_checkpoint"
     )
     if changed:
         run.log.warning("changed since that checkpoint: %s", ", ".join(changed))

@@ -77,7 +77,7 @@ class Plugin(Generic[C]):
         self.config = config
 
     def is_active(self, core: CoreConfig) -> bool:
-        """Whether this plugin will do something in a run with these core keys. Conflicts are judged between active plugins."""
+        """Whether this plugin will do something in a run with these core keys; only active plugins can conflict."""
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class ModelSpec:
         return next(network for network in self.networks if network.name == name)
 
     def original_name(self, module: str) -> str:
-        """The name a module has in the model's original code, e.g. ``blocks.0.attn1.to_q`` -> ``blocks.0.self_attn.q``."""
+        """A module's name in the model's original code, e.g. ``blocks.0.self_attn.q`` for ``blocks.0.attn1.to_q``."""
         for ours, theirs in self.rename:
             if module == ours or module.endswith("." + ours):
                 return module[: len(module) - len(ours)] + theirs

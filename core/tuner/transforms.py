@@ -59,7 +59,7 @@ def prepare(run: Run, network: Network, transforms: Sequence[Transform]) -> None
         run.log.debug("%s: %s applied to %s", transform.stage.name, transform.name, network.name)
     if network.adapter is None:
         raise ConfigError(
-            f"nothing is trained on network {network.name!r}: no loaded plugin provides model_type {run.config.model_type!r}",
+            f"no loaded plugin trains network {network.name!r} with model_type {run.config.model_type!r}",
             remedy="load the plugin that does (lora and full are built in; did --without leave it out?)",
         )
 
@@ -69,8 +69,9 @@ def _check_claims(network: Network, transforms: Sequence[Transform]) -> None:
     for transform in transforms:
         for claim in sorted(transform.claims):
             if claim in owner:
+                thing = claim.replace("_", " ")
                 raise PluginError(
-                    f"{owner[claim]!r} and {transform.name!r} both change the {claim.replace('_', ' ')} of network {network.name!r}",
+                    f"{owner[claim]!r} and {transform.name!r} both change the {thing} of network {network.name!r}",
                     remedy="unload one of them with --without",
                 )
             owner[claim] = transform.name

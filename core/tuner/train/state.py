@@ -85,7 +85,9 @@ def save_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> None:
         if state:
             tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             write(
-                directory / plugin_file(name), tensors, {key: value for key, value in state.items() if key not in tensors}
+                directory / plugin_file(name),
+                tensors,
+                {key: value for key, value in state.items() if key not in tensors},
             )
 
 

@@ -126,7 +126,9 @@ def clip_gradients(session: Session) -> Tensor:
 
 
 def _nonfinite(session: Session, loss: float, norm: float, samples: list[str]) -> None:
-    message = f"step {session.run.step + 1}: the loss is {loss} and the gradient norm {norm}; samples: {', '.join(samples)}"
+    message = (
+        f"step {session.run.step + 1}: the loss is {loss} and the gradient norm {norm}; samples: {', '.join(samples)}"
+    )
     if session.run.config.nonfinite == "skip":
         session.run.log.warning("%s; the step was skipped", message)
         return
