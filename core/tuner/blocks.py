@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any, Protocol
@@ -50,7 +51,9 @@ def _take(tensor: Tensor, axis: int, keep: Tensor) -> Tensor:
     """``tensor`` at the indices ``keep`` (B, K) along ``axis``, its batch axis broadcast from 1 where needed."""
     batch = max(tensor.shape[0], keep.shape[0])
     index = keep.reshape(keep.shape[0], *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
-    return torch.take_along_dim(tensor.expand(batch, *tensor.shape[1:]), index.expand(batch, *index.shape[1:]), dim=axis)
+    return torch.take_along_dim(
+        tensor.expand(batch, *tensor.shape[1:]), index.expand(batch, *index.shape[1:]), dim=axis
+    )
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,12 @@ class Trampoline:
         self.context = StepContext()
         self.enabled = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trampoline:
+        """The copy drives the copied stack, without this step's context: router and residency serve the original."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.stack, copied.context, copied.enabled = deepcopy(self.stack, memo), StepContext(), self.enabled
+        return copied
+
 
 def install(module: nn.Module, stack: BlockStack) -> Trampoline:
     """Make ``module(...)`` run through the block driver. Returns the trampoline that holds its context."""
@@ -188,7 +197,8 @@ def run_stack(stack: BlockStack, stream: Stream, context: StepContext, *, traini
             stream = _run_block(stack, index, stream, None if route is None else route.keep, context, differentiated)
         if route is not None and full is not None and index + 1 == route.stop:
             target = route.keep.unsqueeze(-1).expand(stream.tokens.shape)
-            stream = replace(stream, tokens=full.tokens.scatter(1, target, stream.tokens))
+            dropped = full.tokens.to(stream.tokens.dtype)  # a family's first block may change the dtype
+            stream = replace(stream, tokens=dropped.scatter(1, target, stream.tokens))
             route = full = None
     if residency is not None:
         _announce_end(stream.tokens, residency)
@@ -232,8 +242,27 @@ def _routes(stack: BlockStack, stream: Stream, context: StepContext) -> dict[int
         keep_at_least=context.keep_at_least,
         positions=context.positions or tuple(range(stream.tokens.shape[0])),
     )
-    size = stream.tokens.shape[1]
-    return {route.start: route for route in context.router(request) if route.keep.shape[1] < size}
+    routes = sorted(context.router(request), key=lambda route: route.start)
+    _check_routes(routes, request)
+    return {route.start: route for route in routes if route.keep.shape[1] < stream.tokens.shape[1]}
+
+
+def _check_routes(routes: Sequence[TokenRoute], request: RouteRequest) -> None:
+    """Raise ValueError for routes that the driver would run wrongly without a word; values of ``keep`` are not read."""
+    batch, size, _ = request.tokens.shape
+    free = 0
+    for route in routes:
+        if not free <= route.start < route.stop <= request.blocks:
+            raise ValueError(
+                f"token route over blocks {route.start} to {route.stop} (exclusive) is empty, overlaps the route "
+                f"before it, or leaves the {request.blocks} blocks of the network"
+            )
+        if route.keep.ndim != 2 or route.keep.shape[0] != batch or not 1 <= route.keep.shape[1] <= size:
+            raise ValueError(
+                f"token route from block {route.start} keeps indices of shape {tuple(route.keep.shape)}; "
+                f"the batch needs ({batch}, K) with K from 1 to {size}"
+            )
+        free = route.stop
 
 
 def _run_block(
@@ -242,13 +271,15 @@ def _run_block(
     """One block, checkpointed and with its weights brought in, as the context says."""
     residency = context.residency
     recomputing = False
+    # Without tokens: the closure lives until backward and would pin an input that autograd was told to offload.
+    carried = replace(stream, tokens=stream.tokens.new_empty(0))
 
     def compute(tokens: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
         # Residency enters *inside* the checkpoint, so that recomputation fetches the weights again.
         nonlocal recomputing
         if residency is not None:
             residency.enter(index)
-        routed = replace(stream, tokens=tokens)
+        routed = replace(carried, tokens=tokens)
         if keep is not None:
             routed = routed.gather_companions(keep)
         out = stack.block(stack.blocks[index], routed)
