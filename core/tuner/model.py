@@ -121,7 +121,7 @@ class Component:
 
     load: Callable[[], Any]
     files: tuple[Path, ...]
-    """config.json, the safetensors and whatever else decides its output: the cache key's fingerprint is made of them."""
+    """config.json, the safetensors and whatever else decides its output: the cache's fingerprint is made of them."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """precision, tiling and whatever else changes its output"""
     version: int = 1

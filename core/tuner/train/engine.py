@@ -31,7 +31,7 @@ class Engine:
         self.accelerator: Accelerator = Accelerator(mixed_precision="no", device_placement=False)
         if self.accelerator.num_processes > 1:
             raise ConfigError(
-                f"{self.accelerator.num_processes} processes were launched; training on several devices is not built yet",
+                f"{self.accelerator.num_processes} processes were launched, and several devices are not supported yet",
                 remedy="start one process with `tuner run`",
             )
         self.device: torch.device = self.accelerator.device

@@ -6,7 +6,7 @@ Importing this file costs nothing; torch and the libraries are imported when an 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
     from tuner.config.keys import CoreConfig
     from tuner.model import ParameterGroup
+
+
+INITIAL = "initial"
+"""Entry of a parameter group that remembers its values from when it was made."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def make(core: CoreConfig, groups: Sequence[ParameterGroup], device: torch.devic
     options = {**choice.defaults, **core.optimizer_config}
     if "fused" in accepted and device.type == "cuda":
         options.setdefault("fused", True)
-    return cls(  # type: ignore[no-any-return]
+    optimizer: torch.optim.Optimizer = cls(
         [
             {
                 "params": list(group.parameters.values()),
@@ -93,3 +97,20 @@ def make(core: CoreConfig, groups: Sequence[ParameterGroup], device: torch.devic
         lr=core.learning_rate,
         **options,
     )
+    for values in optimizer.param_groups:
+        values[INITIAL] = {name: value for name, value in values.items() if name != "params"}
+    return optimizer
+
+
+def evolved(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer changed in one of its groups since it was made: state that some libraries keep there.
+
+    The rest of a group follows the config, so that a changed option takes effect on resume.
+    """
+    initial = group[INITIAL]
+    fixed = {"params", "lr", INITIAL}
+    return {
+        name: value
+        for name, value in group.items()
+        if name not in fixed and (name not in initial or (initial[name] is not value and initial[name] != value))
+    }

@@ -15,6 +15,7 @@ from torch import Tensor
 from tuner.errors import CheckpointError
 from tuner.model import Network
 from tuner.plugin import AnyPlugin
+from tuner.train import optimizers
 
 NUMBERS = "numbers"
 """Metadata key of the JSON beside the tensors."""
@@ -39,13 +40,14 @@ def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     """Write the trained tensors and the optimizer state of ``network``."""
     assert network.adapter is not None
     write(directory / adapter_file(network.name), network.adapter.state(), {})
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
+    homes: dict[bool, dict[str, Any]] = {True: {}, False: {}}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
-            home = tensors if isinstance(value, Tensor) else numbers
-            home[f"{index}.{name}"] = value
-    write(directory / optimizer_file(network.name), tensors, numbers)
+            homes[isinstance(value, Tensor)][f"{index}.{name}"] = value
+    for index, group in enumerate(optimizer.param_groups):
+        for name, value in optimizers.evolved(group).items():
+            homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
+    write(directory / optimizer_file(network.name), homes[True], homes[False])
 
 
 def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -64,9 +66,10 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     network.adapter.load(read(path)[0])
     tensors, numbers = read(directory / optimizer_file(network.name))
     state: dict[int, dict[str, Any]] = {}
-    for name, value in [*tensors.items(), *numbers.items()]:
-        index, _, leaf = name.partition(".")
-        state.setdefault(int(index), {})[leaf] = value
+    groups: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **numbers}.items():
+        index, _, leaf = name.removeprefix("group.").partition(".")
+        (groups if name.startswith("group.") else state).setdefault(int(index), {})[leaf] = value
     current = optimizer.state_dict()
     count = sum(len(group["params"]) for group in current["param_groups"])
     if state and max(state) >= count:
@@ -75,7 +78,8 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
             where=directory,
             remedy="resume with the adapter settings the run was started with, or choose another output_dir",
         )
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    merged = [{**group, **groups.get(index, {})} for index, group in enumerate(current["param_groups"])]
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
 
 
 def save_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> None:
