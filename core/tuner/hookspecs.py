@@ -6,6 +6,8 @@ as a method of your :class:`tuner.Plugin` subclass, marked with ``@tuner.hookimp
 argument names (a hook may leave out arguments it does not need).
 """
 
+# Specifications have docstrings and no bodies.
+# mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence

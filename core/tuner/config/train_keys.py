@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuner.plugin import PluginConfig, key
+from tuner.train.optimizers import OPTIMIZERS
 
 
 class TrainKeys(PluginConfig):
@@ -20,8 +21,8 @@ class TrainKeys(PluginConfig):
     )
     train_batch_size: int = key(1, "Samples per micro-batch and process.", ge=1)
     gradient_accumulation_steps: int = key(1, "Micro-batches per optimizer step and process.", ge=1)
-    optimizer: str = key("adamw", "Optimizer: see `docs/optimizers.md`.")
-    optimizer_config: dict[str, Any] = key({}, "Options passed to the optimizer, such as `{\"weight_decay\": 0.01}`.")
+    optimizer: str = key("adamw", f"Optimizer: {', '.join(f'`{name}`' for name in sorted(OPTIMIZERS))}.")
+    optimizer_config: dict[str, Any] = key({}, 'Options passed to the optimizer, such as `{"weight_decay": 0.01}`.')
     learning_rate: float = key(1e-4, "Base learning rate.", gt=0)
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = key(
         "constant_with_warmup", "Learning-rate curve over the run."
@@ -32,7 +33,9 @@ class TrainKeys(PluginConfig):
     grad_clip_method: Literal["norm", "value"] = key(
         "norm", "`norm`: the global L2 norm; `value`: every element to ±`max_grad_norm`."
     )
-    nonfinite: Literal["stop", "skip"] = key("stop", "What a non-finite loss or gradient does: end the run, or skip that step.")
+    nonfinite: Literal["stop", "skip"] = key(
+        "stop", "What a non-finite loss or gradient does: end the run, or skip that step."
+    )
     checkpoint_step_interval: int = key(
         500, "Steps between checkpoints; 0 saves only at the end.", ge=0, aliases=("checkpointing_steps",)
     )
@@ -49,7 +52,9 @@ class FlowKeys(PluginConfig):
     flow_schedule_shift: float | None = key(
         None, "Shift s of the noise levels: sigma' = s*sigma / (1 + (s-1)*sigma). None shifts nothing.", gt=0
     )
-    flow_schedule_auto_shift: bool = key(False, "Derive the shift from the number of tokens; excludes `flow_schedule_shift`.")
+    flow_schedule_auto_shift: bool = key(
+        False, "Derive the shift from the number of tokens; excludes `flow_schedule_shift`."
+    )
     flow_sigmoid_scale: float = key(1.0, "Width of the logit-normal distribution of noise levels.", gt=0)
     flow_use_uniform_schedule: bool = key(False, "Draw noise levels uniformly.")
     flow_use_beta_schedule: bool = key(False, "Draw noise levels from a beta distribution.")
