@@ -12,7 +12,9 @@ class ModelKeys(PluginConfig):
 
     model_family: str | None = key(None, "Model family to train: the name of a family plugin, such as `wan`.")
     model_flavour: str | None = key(
-        None, "Flavour of the family, such as `t2v-480p-1.3b-2.1`; the family's default when absent.", aliases=("model_flavor",)
+        None,
+        "Flavour of the family, such as `t2v-480p-1.3b-2.1`; the family's default when absent.",
+        aliases=("model_flavor",),
     )
     model_type: Literal["lora", "full"] = key("lora", "Train an adapter (`lora`) or the network itself (`full`).")
     lora_type: Literal["standard", "lycoris"] = key("standard", "Kind of adapter: PEFT LoRA (`standard`) or LyCORIS.")
@@ -42,6 +44,7 @@ class ModelKeys(PluginConfig):
         None, "Dtype of the base's unquantised matrices; follows `mixed_precision` when absent."
     )
     attention_mechanism: str = key(
-        "diffusers", "Attention kernel: `diffusers` or `auto` is the best exact one; other values come from attention plugins."
+        "diffusers",
+        "Attention kernel: `diffusers` or `auto` is the best exact one; other values come from attention plugins.",
     )
     gradient_checkpointing: bool = key(True, "Recompute each block in backward instead of keeping its activations.")

@@ -39,7 +39,9 @@ class PendingKeys(PluginConfig):
     disable_benchmark: bool = key(
         False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
     )
-    use_ema: bool = key(False, "Keep an exponential moving average of the trained weights.", pending="no average is kept")
+    use_ema: bool = key(
+        False, "Keep an exponential moving average of the trained weights.", pending="no average is kept"
+    )
     ema_decay: float = key(0.995, "Decay of that average.", pending="no average is kept", ge=0, le=1)
     ema_update_interval: int = key(1, "Steps between its updates.", pending="no average is kept", ge=1)
     ema_validation: Literal["none", "ema_only", "comparison"] = key(
@@ -49,7 +51,9 @@ class PendingKeys(PluginConfig):
         None, "LyCORIS settings, for `lora_type: lycoris`.", pending="`lora_type: standard` does not use it"
     )
     push_to_hub: bool = key(False, "Upload the result to the hub.", pending="nothing is uploaded", effect="uploads")
-    push_checkpoints_to_hub: bool = key(False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads")
+    push_checkpoints_to_hub: bool = key(
+        False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads"
+    )
     hub_model_id: str | None = key(None, "Repository to upload to.", pending="nothing is uploaded")
     report_to: str = key("none", "Trackers, such as `wandb`.", pending="only the local log is written")
     tracker_project_name: str | None = key(None, "Project name for trackers.", pending="only the local log is written")

@@ -33,9 +33,7 @@ class TrainKeys(PluginConfig):
     grad_clip_method: Literal["norm", "value"] = key(
         "norm", "`norm`: the global L2 norm; `value`: every element to ±`max_grad_norm`."
     )
-    nonfinite: Literal["stop", "skip"] = key(
-        "stop", "What a non-finite loss or gradient does: end the run, or skip that step."
-    )
+    nonfinite: Literal["stop", "skip"] = key("stop", "On a non-finite loss or gradient: end the run, or skip the step.")
     checkpoint_step_interval: int = key(
         500, "Steps between checkpoints; 0 saves only at the end.", ge=0, aliases=("checkpointing_steps",)
     )
@@ -52,9 +50,7 @@ class FlowKeys(PluginConfig):
     flow_schedule_shift: float | None = key(
         None, "Shift s of the noise levels: sigma' = s*sigma / (1 + (s-1)*sigma). None shifts nothing.", gt=0
     )
-    flow_schedule_auto_shift: bool = key(
-        False, "Derive the shift from the number of tokens; excludes `flow_schedule_shift`."
-    )
+    flow_schedule_auto_shift: bool = key(False, "Derive the shift from the tokens; excludes `flow_schedule_shift`.")
     flow_sigmoid_scale: float = key(1.0, "Width of the logit-normal distribution of noise levels.", gt=0)
     flow_use_uniform_schedule: bool = key(False, "Draw noise levels uniformly.")
     flow_use_beta_schedule: bool = key(False, "Draw noise levels from a beta distribution.")

@@ -18,11 +18,17 @@ class ValidationKeys(PluginConfig):
     validation_negative_prompt: str = key("", "Negative prompt of every validation clip.")
     user_prompt_library: Path | None = key(None, "JSON file of nickname -> prompt, each rendered.")
     validation_seed: int | None = key(None, "Seed of the validation noise; `seed` when absent.", ge=0)
-    validation_resolution: str | None = key(None, "`WIDTHxHEIGHT` in pixels, or one edge; the trained size when absent.")
-    validation_num_video_frames: int | None = key(None, "Frames per validation clip; the trained number when absent.", ge=1)
+    validation_resolution: str | None = key(
+        None, "`WIDTHxHEIGHT` in pixels, or one edge; the trained size when absent."
+    )
+    validation_num_video_frames: int | None = key(
+        None, "Frames per validation clip; the trained number when absent.", ge=1
+    )
     validation_num_inference_steps: int = key(30, "Sampling steps.", ge=1)
     validation_guidance: float = key(5.0, "Guidance scale; 1 renders without the negative prompt.", ge=0)
-    validation_noise_scheduler: Literal["unipc", "euler", "euler-beta"] = key("unipc", "Sampler of the validation clips.")
+    validation_noise_scheduler: Literal["unipc", "euler", "euler-beta"] = key(
+        "unipc", "Sampler of the validation clips."
+    )
     validation_flow_shift: float | None = key(
         None, "Shift of the sampler; the model's own scheduler config when absent.", gt=0
     )
