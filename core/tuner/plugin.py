@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tuner.config.coerce import coerce_fields
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
@@ -23,7 +25,13 @@ Effect = Literal["memory", "files", "uploads"]
 class PluginConfig(BaseModel):
     """The flat config keys one plugin owns: strict, frozen, every field made with :func:`key`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written(cls, values: Any) -> Any:
+        """Accept values as people write them: ``"true"``, ``"1e-4"``, ``1e6`` for a count, ``9`` for a list."""
+        return coerce_fields(cls, values) if isinstance(values, Mapping) else values
 
 
 def key(
@@ -48,7 +56,7 @@ def key(
         pending: set while the key is owned but has no effect yet: the warning's text.
         constraints: passed to ``pydantic.Field`` (``ge``, ``le``, ``min_length`` …).
     """
-    extra = {"effect": effect, "aliases": list(aliases), "environment": environment, "pending": pending}
+    extra: dict[str, Any] = {"effect": effect, "aliases": list(aliases), "environment": environment, "pending": pending}
     return Field(default, description=description, json_schema_extra={"tuner": extra}, **constraints)
 
 

@@ -1,0 +1,62 @@
+"""The ``tuner`` command. Importing this imports typer and nothing heavy; each command imports what it needs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from tuner.cli import cache, check, plugins, run
+from tuner.errors import TunerError
+
+app = typer.Typer(
+    name="tuner",
+    help="Fine-tune video diffusion models. Every config key is also a flag: --learning_rate 5e-5.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+_KEYS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("run", context_settings=_KEYS_AS_FLAGS)(run.run)
+app.command("train", context_settings=_KEYS_AS_FLAGS, hidden=True)(run.run)
+app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
+app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
+app.add_typer(plugins.app, name="plugins")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from tuner import __version__
+
+        typer.echo(f"tuner {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """Run the command line. What a user can mend is printed without a traceback, with the error's exit code."""
+    try:
+        app(prog_name="tuner")
+    except TunerError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exception(error)
+        else:
+            _print_error(error)
+        sys.exit(error.exit_code)
+
+
+def _print_error(error: TunerError) -> None:
+    from tuner.errors import ConfigErrors
+
+    each = error.errors if isinstance(error, ConfigErrors) else [error]
+    lines = [f"error: {one}" for one in each]
+    lines += [f"  {note}" for note in getattr(error, "__notes__", ())]
+    print("\n".join(lines), file=sys.stderr)

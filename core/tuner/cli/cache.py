@@ -1,0 +1,25 @@
+"""``tuner cache``."""
+
+from __future__ import annotations
+
+import typer
+
+from tuner.cli import options
+
+
+def cache(
+    context: typer.Context,
+    config: options.Config = None,
+    plugins: options.Plugins = None,
+    without: options.Without = None,
+    strict: options.Strict = False,
+    debug: options.Debug = False,
+) -> None:
+    """Build the cache of encoded clips and captions, and stop."""
+    from tuner.cli.report import print_assembly
+
+    assembly = options.assembly(context, config, plugins, without, strict)
+    print_assembly(assembly)
+    from tuner import pipeline
+
+    pipeline.cache(assembly)
