@@ -1,1 +1,73 @@
-"""tread (being built)."""
+"""TREAD: in training, a share of the tokens skips the middle blocks, so a step costs less (arXiv:2501.04765)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tuner import Plugin, PluginConfig, hookimpl, key
+from tuner_tread.settings import TreadSettings, remaining_share, resolve
+
+if TYPE_CHECKING:
+    from tuner.blocks import RouteRequest, TokenRoute
+    from tuner.config.keys import CoreConfig
+    from tuner.model import Model
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+
+
+class TreadConfig(PluginConfig):
+    """The keys of TREAD."""
+
+    tread_config: TreadSettings | None = key(
+        None,
+        'Token routes, `{"routes": [{"selection_ratio", "start_layer_idx", "end_layer_idx"}, …]}`: in training that '
+        "share of the tokens, drawn at random, skips those blocks (both ends inclusive, negative counts from the end). "
+        "0.5 halves the per-token work and quarters the self-attention of a routed block.",
+    )
+
+
+class TreadPlugin(Plugin[TreadConfig]):
+    """TREAD token routing: a share of the tokens skips the middle blocks in training (arXiv:2501.04765)."""
+
+    requires = frozenset({"model-family"})
+    conflicts = frozenset({"token-router"})
+    provides = frozenset({"token-router"})
+    Config = TreadConfig
+
+    def is_active(self, core: CoreConfig) -> bool:
+        """Only with routes: without them no token is dropped."""
+        return self.config.tread_config is not None
+
+    @hookimpl
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Refuse routes that do not fit the blocks of one of the networks."""
+        if self.config.tread_config is None:
+            return
+        for network in spec.networks:
+            resolve(self.config.tread_config, network.blocks, f"tread_config, for {network.name!r} of {spec.flavour}")
+
+    @hookimpl
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Say what the routes leave of the work."""
+        if self.config.tread_config is None or not run.is_main:
+            return
+        blocks = model.network.spec.blocks
+        ranges = resolve(self.config.tread_config, blocks)
+        linear, attention = remaining_share(ranges, blocks)
+        run.log.info(
+            "TREAD routes over %d of %d blocks leave %.0f %% of the per-token work and %.0f %% of the self-attention",
+            sum(route.stop - route.start for route in ranges),
+            blocks,
+            100 * linear,
+            100 * attention,
+        )
+
+    @hookimpl
+    def route_tokens(self, run: Run, request: RouteRequest) -> Sequence[TokenRoute] | None:
+        """Draw the kept tokens of this forward."""
+        if self.config.tread_config is None:
+            return None
+        from tuner_tread.routing import draw_routes
+
+        return draw_routes(run, request, resolve(self.config.tread_config, request.blocks))

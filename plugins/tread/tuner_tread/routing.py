@@ -1,0 +1,59 @@
+"""Drawing the tokens that a route keeps: uniform per sample, route and step, a function of the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tuner.blocks import RouteRequest, TokenRoute
+from tuner.errors import ConfigError
+from tuner.run import Run
+from tuner_tread.settings import BlockRange
+
+
+def keep_count(tokens: int, ratio: float, at_least: int = 0) -> int:
+    """K: how many of so many tokens a route keeps that drops ``ratio`` of them (round half to even)."""
+    return max(tokens - round(tokens * ratio), at_least)
+
+
+def draw_routes(run: Run, request: RouteRequest, ranges: Sequence[BlockRange]) -> list[TokenRoute]:
+    """The routes of one training forward; a route that keeps every token is left out.
+
+    Raises ConfigError where a route would keep no token of a clip as short as this one.
+    """
+    tokens = request.tokens.shape[1]
+    routes = []
+    for index, blocks in enumerate(ranges):
+        keep = keep_count(tokens, blocks.ratio, request.keep_at_least)
+        if keep < 1:
+            raise ConfigError(
+                f"routes[{index}]: selection_ratio {blocks.ratio} keeps none of the {tokens} tokens of a clip",
+                where="tread_config",
+                remedy="lower selection_ratio, or train on larger or longer clips",
+            )
+        if keep < tokens:
+            scores = draw_scores(run, f"tread.{index}", request)
+            routes.append(TokenRoute(blocks.start, blocks.stop, lowest(scores, keep)))
+    return routes
+
+
+def draw_scores(run: Run, purpose: str, request: RouteRequest) -> Tensor:
+    """(B, S) float32 on the tokens' device, uniform in [0, 1); forced tokens stand below all others.
+
+    Drawn on the CPU, so that they do not depend on the device, and always in float32: in bfloat16 the
+    numbers tie at the cut. Moved from pinned memory, so that the host does not wait for the device.
+    """
+    _, size, _ = request.tokens.shape
+    scores = torch.stack([torch.rand(size, generator=run.rng(purpose, position)) for position in request.positions])
+    device = request.tokens.device
+    if device.type == "cuda":
+        scores = scores.pin_memory()
+    scores = scores.to(device, non_blocking=True)
+    return scores if request.forced is None else scores.masked_fill(request.forced, -1.0)
+
+
+def lowest(scores: Tensor, keep: int) -> Tensor:
+    """(B, K): indices of the ``keep`` lowest scores of each row, ascending; of equal scores the first."""
+    return scores.argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values

@@ -1,0 +1,100 @@
+"""The routes as users write them, checked against a network's block count. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tuner.errors import ConfigError
+
+
+class RouteSettings(BaseModel):
+    """One route: a share of the tokens skips blocks ``start_layer_idx`` to ``end_layer_idx``, both inclusive."""
+
+    # Strict, so that a stray `true` does not become block 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    selection_ratio: float = Field(ge=0, lt=1, description="Share of the tokens that is dropped; 0.1 keeps 90 %.")
+    start_layer_idx: int = Field(description="First routed block; negative counts from the end, -1 is the last.")
+    end_layer_idx: int = Field(description="Last routed block, inclusive; negative counts from the end.")
+
+
+class TreadSettings(BaseModel):
+    """The value of ``tread_config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    routes: tuple[RouteSettings, ...] = Field(min_length=1, description="Routes in the order of the blocks, disjoint.")
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """A route on one network: blocks ``start`` (inclusive) to ``stop`` (exclusive) drop ``ratio`` of the tokens."""
+
+    start: int
+    stop: int
+    ratio: float
+
+
+def resolve(settings: TreadSettings, blocks: int, where: str = "tread_config") -> tuple[BlockRange, ...]:
+    """The routes on a network of so many blocks; errors name ``where``.
+
+    Raises ConfigError, in the user's own numbers, where an index is no block of the network, a route ends
+    before it starts, or starts before the one ahead of it has ended.
+    """
+    ranges: list[BlockRange] = []
+    for index, route in enumerate(settings.routes):
+        start = _block(route.start_layer_idx, blocks)
+        last = _block(route.end_layer_idx, blocks)
+        fault = _fault(route, start, last, blocks) or _overlap(route, start, index, ranges, blocks)
+        if fault:
+            raise ConfigError(
+                f"routes[{index}]: {fault}",
+                where=where,
+                allowed=f"blocks 0 to {blocks - 1}, or -{blocks} to -1 from the end; routes in their order, disjoint",
+            )
+        ranges.append(BlockRange(start, last + 1, route.selection_ratio))
+    return tuple(ranges)
+
+
+def _block(value: int, blocks: int) -> int:
+    """The block that ``value`` names; negative values count from the end."""
+    return value + blocks if value < 0 else value
+
+
+def _fault(route: RouteSettings, start: int, last: int, blocks: int) -> str | None:
+    """What is wrong with one route by itself."""
+    for key, value, block in (
+        ("start_layer_idx", route.start_layer_idx, start),
+        ("end_layer_idx", route.end_layer_idx, last),
+    ):
+        if not 0 <= block < blocks:
+            return f"{key} {value} is block {block} of {blocks}"
+    if last < start:
+        return (
+            f"it ends before it starts: start_layer_idx {route.start_layer_idx} is block {start}, "
+            f"end_layer_idx {route.end_layer_idx} is block {last} of {blocks}"
+        )
+    return None
+
+
+def _overlap(route: RouteSettings, start: int, index: int, before: Sequence[BlockRange], blocks: int) -> str | None:
+    """What is wrong with a route beside the one ahead of it."""
+    if not before or start >= before[-1].stop:
+        return None
+    return (
+        f"start_layer_idx {route.start_layer_idx} is block {start} of {blocks}, but routes[{index - 1}] "
+        f"covers blocks {before[-1].start} to {before[-1].stop - 1}"
+    )
+
+
+def remaining_share(ranges: Sequence[BlockRange], blocks: int) -> tuple[float, float]:
+    """Share of the blocks' work that is left: (per-token work, self-attention), each in (0, 1].
+
+    A block that keeps a share k of the tokens does k of its linear work and k squared of its self-attention.
+    """
+    linear = sum((route.stop - route.start) * route.ratio for route in ranges)
+    quadratic = sum((route.stop - route.start) * (1 - (1 - route.ratio) ** 2) for route in ranges)
+    return 1 - linear / blocks, 1 - quadratic / blocks
