@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from tuner.blocks import BlockStack, Stream
 
 GRID = (3, 2, 2)

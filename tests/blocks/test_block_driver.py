@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
 from tuner.blocks import RouteRequest, StepContext, Stream, TokenRoute, run_stack
 
 KEEP_6 = torch.tensor([[0, 2, 3, 7, 8, 11], [1, 2, 5, 6, 9, 10]])

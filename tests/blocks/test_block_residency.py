@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
+
 from tuner.blocks import RouteRequest, StepContext, TokenRoute, run_stack
 
 KEEP = torch.tensor([[0, 2, 3, 7], [1, 2, 5, 6]])
@@ -70,6 +72,15 @@ def test_with_checkpointing_recomputation_enters_again(toy: Any, recorder: Recor
     assert recorder.take() == [*backward, ("end", True)]
 
 
+def test_recomputation_never_leaves(toy: Any, recorder: Recorder) -> None:
+    """Also where the recomputation runs to the block's end, as with torch's early stop switched off."""
+    with set_checkpoint_early_stop(False):
+        output = drive(toy, recorder, checkpointing=True)
+        recorder.take()
+        output.sum().backward()
+    assert "leave" not in {name for name, _ in recorder.events}
+
+
 def test_without_checkpointing_blocks_stay_until_their_backward_is_done(toy: Any, recorder: Recorder) -> None:
     output = drive(toy, recorder)
     assert recorder.take() == [("begin", True), *(("enter", index) for index in range(5))]
@@ -81,7 +92,7 @@ def test_without_checkpointing_blocks_stay_until_their_backward_is_done(toy: Any
 def test_blocks_whose_input_needs_no_gradient_are_released_by_the_end(
     toy: Any, recorder: Recorder, checkpointing: bool
 ) -> None:
-    """As with LoRA on blocks 0 and 2: nothing says that blocks 0 is done but the end of backward."""
+    """As with LoRA on blocks 0 and 2: nothing says that block 0 is done but the end of backward."""
     toy.freeze_all_but(0, 2)
     drive(toy, recorder, checkpointing=checkpointing).sum().backward()
     done = [index for name, index in recorder.events if name == "backward_done"]

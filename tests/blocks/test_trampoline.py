@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tuner.blocks import RouteRequest, StepContext, TokenRoute, Trampoline, install
 
 KEEP = torch.tensor([[0, 2, 3, 7], [1, 2, 5, 6]])
