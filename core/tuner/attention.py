@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+EXACT = frozenset({"diffusers", "auto"})
+"""Values of ``attention_mechanism`` that mean the best exact kernel of the device, which the core chooses."""
+
+
 @dataclass(frozen=True)
 class AttentionBackend:
     """One attention kernel, by the name the diffusers dispatcher knows it by.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner import output
+from tuner.attention import EXACT, AttentionBackend
 from tuner.train import checkpoint, optimizers, schedules
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tuner.data.encode import CachedData
     from tuner.data.plan import Plan
     from tuner.data.prepare import Prepared
+    from tuner.manager import Manager
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
@@ -68,6 +70,15 @@ def make_plan(run: Run, samples: object, processes: int) -> Plan:
         accumulation=run.config.gradient_accumulation_steps,
         world=processes,
     )
+
+
+def attention_backend(run: Run, manager: Manager) -> AttentionBackend | None:
+    """The kernel that ``attention_mechanism`` names, from the plugins' registry; None is the core's own choice."""
+    name = run.config.attention_mechanism
+    if name in EXACT:
+        return None
+    backend: AttentionBackend = manager.registry("attention_backends", run)[name]
+    return backend
 
 
 def check(assembly: Assembly) -> None:
@@ -144,7 +155,8 @@ def _train(
         caption_dropout=run.config.caption_dropout_probability,
     )
     manifest = output.manifest(assembly, found)
-    session = Session(run, assembly.manager, model, engine, plan, loader, found.total, manifest)
+    attention = attention_backend(run, assembly.manager)
+    session = Session(run, assembly.manager, model, engine, plan, loader, found.total, manifest, attention)
     if resume is not None:
         path, saved, passed = resume
         session.restore(path)

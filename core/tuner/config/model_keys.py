@@ -37,7 +37,7 @@ class ModelKeys(PluginConfig):
     mixed_precision: Literal["bf16", "no"] = key("bf16", "Autocast of the training step, and dtype of the frozen base.")
     base_model_precision: str = key(
         "no_change",
-        "Quantise the frozen base, such as `int8-quanto`; the values come from the loaded quantisation plugins. `no_change` leaves it.",
+        "Quantise the frozen base: `no_change`, or a value of a quantisation plugin, such as `int8-quanto`.",
         effect="memory",
     )
     base_model_default_dtype: Literal["bf16", "fp32"] | None = key(

@@ -36,7 +36,7 @@ def train(session: Session) -> Path | None:
             last = run.step == session.total
             metrics = {}
             if last or _due(run.step, config.validation_step_interval):
-                metrics = validate(run, session.model, session.manager, session.engine)
+                metrics = validate(run, session.model, session.manager, session.engine, session.attention)
             _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
             if last or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
                 saved = save(session)

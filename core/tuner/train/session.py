@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.attention import AttentionBackend
+from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
 from tuner.model import Batch, Model, Network
 from tuner.train import optimizers, state
@@ -36,12 +38,16 @@ class Session:
     """Optimizer steps of the whole run."""
     manifest: Mapping[str, object]
     """What every checkpoint's manifest says beside its step."""
+    attention: AttentionBackend | None = None
+    """The kernel that ``attention_mechanism`` chose, where it is not the core's own."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, network in self.model.networks.items():
             if network.adapter is not None:
                 self.optimizers[name] = optimizers.make(self.run.config, network.adapter.groups, self.engine.device)
+            if self.attention is not None and self.attention.trains:
+                set_backend(network, self.attention.dispatcher)
 
     @property
     def trained(self) -> list[Network]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from tuner.attention import AttentionBackend
+from tuner.attention_switch import validation_backend
 from tuner.blocks import StepContext
 from tuner.model import Model
 
@@ -17,9 +19,15 @@ if TYPE_CHECKING:
     from tuner.train.engine import Engine
 
 
-def validate(run: Run, model: Model, manager: Manager, engine: Engine) -> dict[str, float]:
-    """Ask every plugin what it sees; returns the numbers as ``plugin/key``."""
-    with untouched(model, engine.device), engine.autocast():
+def validate(
+    run: Run, model: Model, manager: Manager, engine: Engine, attention: AttentionBackend | None = None
+) -> dict[str, float]:
+    """Ask every plugin what it sees, with the ``attention`` kernel chosen; returns the numbers as ``plugin/key``."""
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model, engine.device))
+        stack.enter_context(engine.autocast())
+        for network in model.networks.values():
+            stack.enter_context(validation_backend(network, attention))
         answers = manager.collect("validate", run=run, model=model)
     return {
         f"{plugin}/{key}": float(value)
