@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 EXACT = frozenset({"diffusers", "auto"})
 """Values of ``attention_mechanism`` that mean the best exact kernel of the device, which the core chooses."""
 

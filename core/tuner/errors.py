@@ -23,6 +23,8 @@ class TunerError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
+    label: ClassVar[str] = "error"
+    """What the command line puts before the message."""
 
     def __init__(
         self,
@@ -77,6 +79,13 @@ class TrainingError(TunerError):
     """Training cannot go on: non-finite values, parameters without gradients, and the like."""
 
     exit_code = 3
+
+
+class Stopped(TunerError):
+    """Someone asked the run to stop, and it did, saved."""
+
+    exit_code = 130
+    label = "stopped"
 
 
 class ConfigErrors(ConfigError):  # noqa: N818

@@ -57,6 +57,6 @@ def _print_error(error: TunerError) -> None:
     from tuner.errors import ConfigErrors
 
     each = error.errors if isinstance(error, ConfigErrors) else [error]
-    lines = [f"error: {one}" for one in each]
+    lines = [f"{one.label}: {one}" for one in each]
     lines += [f"  {note}" for note in getattr(error, "__notes__", ())]
     print("\n".join(lines), file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuner.errors import Stopped
 from tuner.train import checkpoint
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
@@ -17,7 +18,9 @@ from tuner.validate.stage import validate
 
 
 def train(session: Session) -> Path | None:
-    """Train to the last step. Returns the folder of the newest checkpoint, or None where none was written.
+    """Train to the last step. Returns the folder of the last checkpoint.
+
+    Raises Stopped, with everything saved, when SIGINT or SIGTERM asked for it.
 
     Validation comes before the checkpoint of the same step: a run killed in between repeats it.
     """
@@ -41,9 +44,9 @@ def train(session: Session) -> Path | None:
             if last or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
                 saved = save(session)
     log.close()
-    if run.step == session.total:
-        session.manager.hook.on_train_end(run=run, model=session.model)
-    _say_stopped(session, interrupt, saved)
+    if run.step < session.total:
+        raise _stopped(session, interrupt, saved)
+    session.manager.hook.on_train_end(run=run, model=session.model)
     return saved
 
 
@@ -90,12 +93,9 @@ def _line(session: Session, result: StepResult) -> dict[str, Any]:
     return line if peak is None else {**line, "peak_memory_bytes": peak}
 
 
-def _say_stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> None:
-    if interrupt.requested and session.run.step < session.total:
-        session.run.log.warning(
-            "%s: stopped after step %d of %d; %s",
-            interrupt.requested,
-            session.run.step,
-            session.total,
-            f"saved in {saved}: start again with resume_from_checkpoint: latest" if saved else "nothing new to save",
-        )
+def _stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> Stopped:
+    return Stopped(
+        f"{interrupt.requested}: training ended after step {session.run.step} of {session.total}",
+        where=saved,
+        remedy="go on with resume_from_checkpoint: latest",
+    )
