@@ -88,7 +88,7 @@ class Stopped(TunerError):
     label = "stopped"
 
 
-class ConfigErrors(ConfigError):  # noqa: N818
+class ConfigErrors(ConfigError):
     """Several config errors found in one reading, printed together so that all can be mended at once."""
 
     def __init__(self, errors: Iterable[TunerError]) -> None:

@@ -108,9 +108,10 @@ def test_a_full_disk_while_saving_loses_nothing(job, monkeypatch, state_of):
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="disk is full"):
+    with monkeypatch.context() as patch:
         patch.setattr(state, "write", full)
-        job.run("disk", resume_from_checkpoint="latest")
+        with pytest.raises(CheckpointError, match="disk is full"):
+            job.run("disk", resume_from_checkpoint="latest")
     output = job.folder / "disk"
     assert [path.name for path in output.glob("*checkpoint*")] == ["checkpoint-3"]
     job.run("disk", resume_from_checkpoint="latest")
