@@ -35,6 +35,8 @@ class Run:
     explicit: frozenset[str] = frozenset()
     """Keys that the user set, as opposed to defaults."""
     spec: ModelSpec | None = None
+    trained_shape: tuple[int, int, int] | None = None
+    """(frames, height, width) in pixels of the shape most clips are trained at; set once the data is known."""
     step: int = 0
     """Optimizer steps done."""
     process_index: int = 0
@@ -59,14 +61,18 @@ class Run:
     def device(self) -> torch.device:
         """The device of this process."""
         if self._device is None:
-            raise RuntimeError("run.device is not known before the engine is up; hooks before load_model must not need it")
+            raise RuntimeError(
+                "run.device is not known before the engine is up; hooks before load_model must not need it"
+            )
         return self._device  # type: ignore[no-any-return]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the frozen base and of autocast (``mixed_precision``)."""
         if self._dtype is None:
-            raise RuntimeError("run.dtype is not known before the engine is up; hooks before load_model must not need it")
+            raise RuntimeError(
+                "run.dtype is not known before the engine is up; hooks before load_model must not need it"
+            )
         return self._dtype  # type: ignore[no-any-return]
 
     def place(self, device: torch.device, dtype: torch.dtype, process_index: int = 0, process_count: int = 1) -> None:
