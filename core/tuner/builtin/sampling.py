@@ -1,0 +1,90 @@
+"""Clips of the validation prompts while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tuner.hookspecs import hookimpl
+from tuner.plugin import Plugin, PluginConfig
+
+if TYPE_CHECKING:
+    from tuner.model import Model
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.validate.prompts import Prompt
+    from tuner.validate.results import Validation
+
+
+class SamplingPlugin(Plugin[PluginConfig]):
+    """Renders the validation prompts to clips and a contact sheet."""
+
+    def __init__(self, name: str, config: PluginConfig) -> None:
+        super().__init__(name, config)
+        self._prompts: tuple[Prompt, ...] | None = None
+        self._said: set[str] = set()
+
+    @hookimpl
+    def configure(self, run: Run) -> None:
+        """Read the prompts and the size, so that a mistake in them ends the run before any weight is read."""
+        from tuner.validate.prompts import placeholders
+        from tuner.validate.settings import parse_resolution
+
+        if run.config.validation_resolution is not None:
+            parse_resolution(run.config.validation_resolution)
+        prompts = self._all(run)
+        if not prompts:
+            self._say(run, "validation renders nothing: there is no validation_prompt and no user_prompt_library")
+        if unfilled := placeholders(prompts):
+            run.log.warning(
+                "prompts are rendered with %s as it stands: write the name you trained", ", ".join(unfilled)
+            )
+
+    @hookimpl
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Say which wishes the model does not allow exactly."""
+        from tuner.validate.settings import settings_for
+
+        if self._all(run):
+            for note in settings_for(run, spec)[1]:
+                self._say(run, note)
+
+    @hookimpl
+    def extra_captions(self, run: Run) -> Iterable[str]:
+        """The prompts, and the negative prompt of them all."""
+        from tuner.validate.settings import chosen
+
+        prompts = self._all(run)
+        if not prompts:
+            return []
+        negative: str = chosen(run, run.spec, "validation_negative_prompt")
+        return [*(prompt.text for prompt in prompts), negative]
+
+    @hookimpl
+    def validate(self, run: Run, model: Model) -> Validation | None:
+        """Render every prompt."""
+        prompts = self._all(run)
+        if not prompts:
+            return None
+        from tuner.validate.render import render
+        from tuner.validate.results import Validation
+        from tuner.validate.settings import settings_for
+
+        settings, notes = settings_for(run, model.spec)
+        for note in notes:
+            self._say(run, note)
+        return Validation(media=render(run, model, prompts, settings))
+
+    def _all(self, run: Run) -> tuple[Prompt, ...]:
+        """The prompts, read once: a library edited while training does not change the run."""
+        from tuner.validate.prompts import validation_prompts
+
+        if self._prompts is None:
+            self._prompts = validation_prompts(run.config)
+        return self._prompts
+
+    def _say(self, run: Run, line: str) -> None:
+        """Say a thing once."""
+        if line not in self._said and run.is_main:
+            self._said.add(line)
+            run.log.warning("%s", line)

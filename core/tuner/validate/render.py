@@ -1,0 +1,179 @@
+"""Rendering the validation prompts: latents of all of them first, then one decoding phase, then the files.
+
+Sampling and decoding are phases, so that the VAE is loaded once and only when it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tuner import __version__
+from tuner.data.progress import progress
+from tuner.files import atomic_write_text
+from tuner.lora_files import public_name
+from tuner.model import Model
+from tuner.validate.media import poster, write_mp4, write_png
+from tuner.validate.prompts import Prompt
+from tuner.validate.settings import Settings
+from tuner.validate.sheet import Row, write_contact_sheet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from tuner.run import Run
+
+RECORD = "validation.json"
+SHEET = "contact-sheet.png"
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What became of one prompt."""
+
+    prompt: Prompt
+    latents: Tensor
+    """(1, C, F', h, w) on the CPU"""
+
+    @property
+    def finite(self) -> bool:
+        """Whether the latents are numbers; a diverged model's are not."""
+        return bool(torch.isfinite(self.latents).all())
+
+
+def render(run: Run, model: Model, prompts: Sequence[Prompt], settings: Settings) -> list[Path]:
+    """Render ``prompts`` into ``output_dir/validation/step-<n>/``; returns the media written, on the main process.
+
+    Expects evaluation mode, no gradients, and ``run.text_cache`` (the validation stage gives all three).
+    Every process samples, since a sharded network needs them all; only the main one decodes and writes.
+    """
+    renderings = _sample_all(run, model, prompts, settings)
+    if not run.is_main:
+        return []
+    folder = run.output_dir / "validation" / f"step-{run.step}"
+    written: list[Path] = []
+    rows: list[Row] = []
+    files: dict[str, list[str]] = {}
+    for rendering, frames in _decode_all(run, model, renderings):
+        media = _write_clip(folder, rendering.prompt, frames, settings.fps)
+        files[rendering.prompt.slug] = [path.name for path in media]
+        written += media
+        rows.append(Row(rendering.prompt.nickname, rendering.prompt.text, frames))
+    if rows:
+        sheet = folder / SHEET
+        write_contact_sheet(sheet, rows, title=f"step {run.step}", subtitle=_subtitle(model, settings))
+        written.append(sheet)
+    _write_record(folder / RECORD, run, model, prompts, settings, files)
+    return written
+
+
+def _sample_all(run: Run, model: Model, prompts: Sequence[Prompt], settings: Settings) -> list[Rendering]:
+    """Latents of every prompt, with one bar over all their steps."""
+    assert run.text_cache is not None, "validation needs the text cache"
+    encoded = run.text_cache
+    negative = _on(run, encoded(settings.negative))
+    renderings = []
+    with progress("rendering", len(prompts) * settings.steps, show=run.is_main) as advance:
+        for prompt in prompts:
+            with _counted(advance, settings.steps) as on_step:
+                request = settings.request(_on(run, encoded(prompt.text)), negative, on_step)
+                renderings.append(Rendering(prompt, model.sample(request).detach().to("cpu", torch.float32)))
+    return renderings
+
+
+def _on(run: Run, encoding: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(run.device) for name, tensor in encoding.items()}
+
+
+@contextmanager
+def _counted(advance: Callable[[int], None], steps: int) -> Iterator[Callable[[int], None]]:
+    """A callback for steps done; what a family did not report is counted at the end."""
+    seen = 0
+
+    def on_step(done: int) -> None:
+        nonlocal seen
+        advance(max(0, done - seen))
+        seen = max(seen, done)
+
+    yield on_step
+    on_step(steps)
+
+
+def _decode_all(
+    run: Run, model: Model, renderings: Sequence[Rendering]
+) -> Iterator[tuple[Rendering, NDArray[np.uint8]]]:
+    """Frames (F, H, W, 3) of each rendering that is finite; the decoder is loaded once."""
+    good = [rendering for rendering in renderings if rendering.finite]
+    for rendering in renderings:
+        if not rendering.finite:
+            run.log.warning(
+                "validation of %r gave non-finite latents: nothing is written for it", rendering.prompt.nickname
+            )
+    if not good:
+        return
+    with model.use(*model.spec.encoders.get("video", ())):
+        for rendering in good:
+            yield rendering, model.decode(rendering.latents.to(run.device)).to("cpu").numpy()
+
+
+def _write_clip(folder: Path, prompt: Prompt, frames: NDArray[np.uint8], fps: float) -> list[Path]:
+    """The clip and its poster; of a single frame the picture alone."""
+    picture, clip = folder / f"{prompt.slug}.png", folder / f"{prompt.slug}.mp4"
+    write_png(picture, poster(frames))
+    if len(frames) == 1:
+        return [picture]
+    write_mp4(clip, frames, fps)
+    return [clip, picture]
+
+
+def _subtitle(model: Model, settings: Settings) -> str:
+    return "  ·  ".join(
+        (
+            model.spec.flavour,
+            f"{settings.width}x{settings.height}",
+            f"{settings.frames} frames at {settings.fps:g} per second",
+            f"{settings.steps} {settings.scheduler} steps",
+            f"guidance {settings.guidance:g}",
+            f"seed {settings.seed}",
+        )
+    )
+
+
+def _write_record(
+    path: Path,
+    run: Run,
+    model: Model,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    files: Mapping[str, list[str]],
+) -> None:
+    """Everything that is needed to render the same again."""
+    record: dict[str, Any] = {
+        "tuner": __version__,
+        "step": run.step,
+        "model": {
+            "family": model.spec.family,
+            "flavour": model.spec.flavour,
+            "base": public_name(model.spec.base),
+            "network": model.active,
+        },
+        "settings": settings.record(),
+        "prompts": [
+            {
+                "nickname": prompt.nickname,
+                "prompt": prompt.text,
+                "files": files.get(prompt.slug, []),
+                **({} if prompt.slug in files else {"failed": "non-finite latents"}),
+            }
+            for prompt in prompts
+        ],
+    }
+    atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
