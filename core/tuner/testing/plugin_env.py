@@ -26,7 +26,8 @@ def write_distribution(
 ) -> Path:
     """Write a distribution ``name`` into ``folder`` that offers ``plugins`` (name -> ``module:Class``).
 
-    Returns ``folder``. ``modules`` are module names and their source. Raises FileExistsError when the folder has that distribution.
+    ``modules`` are module names and their source. Returns ``folder``. Raises FileExistsError when it has that
+    distribution already.
     """
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -52,15 +53,19 @@ def environment(*folders: Path, **variables: str) -> dict[str, str]:
 
 @contextmanager
 def importable(*folders: Path) -> Iterator[None]:
-    """The distributions in ``folders`` found in this process; path and modules are as before afterwards."""
-    before, modules = list(sys.path), set(sys.modules)
+    """The distributions in ``folders`` found in this process and in those it starts, until the block ends."""
+    before, variable, modules = list(sys.path), os.environ.get("PYTHONPATH"), set(sys.modules)
     roots = [str(folder.resolve()) for folder in folders]
+    os.environ.update(environment(*folders))
     sys.path[:0] = roots
     importlib.invalidate_caches()
     try:
         yield
     finally:
         sys.path[:] = before
+        os.environ.pop("PYTHONPATH")
+        if variable is not None:
+            os.environ["PYTHONPATH"] = variable
         for name in set(sys.modules) - modules:
             origin = getattr(sys.modules[name], "__file__", None) or ""
             if origin.startswith(tuple(root + os.sep for root in roots)):
