@@ -6,6 +6,7 @@ refused is refused before any weight is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,9 +55,19 @@ def survey(assembly: Assembly, *, processes: int = 1) -> Survey:
     run.spec = spec
     hook.check_model(run=run, spec=spec)
     prepared = prepare(run.config, spec, show_progress=run.is_main)
+    run.trained_shape = _most_frequent_shape(prepared)
     flow.check(run.config)
     plan = make_plan(run, prepared.samples, processes)
     return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
+
+
+def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
+    """(frames, height, width) that most clips are trained at; of several equally frequent ones the largest."""
+    counts = Counter(sample.bucket for sample in prepared.samples)
+    if not counts:
+        return None
+    bucket = max(counts, key=lambda each: (counts[each], each))
+    return bucket.frames, bucket.height, bucket.width
 
 
 def make_plan(run: Run, samples: object, processes: int) -> Plan:
