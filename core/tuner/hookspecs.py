@@ -100,72 +100,6 @@ class HookSpecs:
         """
 
     @hookspec
-    def quantizers(self, run: Run) -> Mapping[str, Any]:
-        """Offer quantisation backends.
-
-        Called: all, once, before the model's transforms are collected.
-        Arguments: ``run``.
-        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
-        network's modules and takes each tensor as it is read. A value offered twice is an error.
-
-        Example::
-
-            @hookimpl
-            def quantizers(self, run):
-                from tuner_quantization.quanto import Int8Sink
-                return {"int8-quanto": Int8Sink}
-        """
-
-    @hookspec
-    def attention_backends(self, run: Run) -> Mapping[str, Any]:
-        """Offer attention kernels.
-
-        Called: all, once, before the model's transforms are collected.
-        Arguments: ``run``.
-        Returns: value of ``attention_mechanism`` -> an AttentionBackend (see ``tuner.attention``): the
-        name the diffusers dispatcher knows it by, and whether it has a backward. A value offered twice is an error.
-
-        Example::
-
-            @hookimpl
-            def attention_backends(self, run):
-                from tuner.attention import AttentionBackend
-                return {"flex": AttentionBackend(dispatcher="flex", trains=False)}
-        """
-
-    @hookspec
-    def token_selectors(self, run: Run) -> Mapping[str, Any]:
-        """Offer ways to choose which tokens a route keeps.
-
-        Called: all, once, before training.
-        Arguments: ``run``.
-        Returns: name -> a function ``(request, keep, generators) -> Tensor (B, keep)`` of sorted indices.
-
-        Example::
-
-            @hookimpl
-            def token_selectors(self, run):
-                from my_plugin.selectors import by_norm
-                return {"norm": by_norm}
-        """
-
-    @hookspec
-    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
-        """Declare edits of the model: adapters, rewrites, placement.
-
-        Called: all, after ``load_model``; the core sorts them by stage, refuses two claims on one thing, applies them.
-        Arguments: ``run``; ``model``, not yet materialised.
-        Returns: Transforms.
-
-        Example::
-
-            @hookimpl
-            def model_transforms(self, run, model):
-                from tuner_chunked_ff.chunk import transform
-                return [transform(self.config)]
-        """
-
-    @hookspec
     def extra_captions(self, run: Run) -> Iterable[str]:
         """Name captions to encode beside the datasets' own, such as validation prompts.
 
@@ -194,6 +128,56 @@ class HookSpecs:
             def encode_batch(self, run, model, batch):
                 with model.use("vae") as (vae,):
                     return [{"latents": latents} for latents in encode(vae, batch.pixels)]
+        """
+
+    @hookspec
+    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
+        """Declare edits of the model: adapters, rewrites, placement.
+
+        Called: all, once the cache is built; the core sorts them by stage, refuses two claims on one thing, applies them.
+        Arguments: ``run``; ``model``, not yet materialised.
+        Returns: Transforms.
+
+        Example::
+
+            @hookimpl
+            def model_transforms(self, run, model):
+                from tuner_chunked_ff.chunk import transform
+                return [transform(self.config)]
+        """
+
+    @hookspec
+    def quantizers(self, run: Run) -> Mapping[str, Any]:
+        """Offer quantisation backends.
+
+        Called: all, once, before the weights are read, when ``base_model_precision`` names a backend.
+        Arguments: ``run``.
+        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
+        network's modules and takes each tensor as it is read. A value offered twice is an error.
+
+        Example::
+
+            @hookimpl
+            def quantizers(self, run):
+                from tuner_quantization.quanto import Int8Sink
+                return {"int8-quanto": Int8Sink}
+        """
+
+    @hookspec
+    def attention_backends(self, run: Run) -> Mapping[str, Any]:
+        """Offer attention kernels.
+
+        Called: all, once, before training, when ``attention_mechanism`` names a backend.
+        Arguments: ``run``.
+        Returns: value of ``attention_mechanism`` -> an AttentionBackend (see ``tuner.attention``): the
+        name the diffusers dispatcher knows it by, and whether it has a backward. A value offered twice is an error.
+
+        Example::
+
+            @hookimpl
+            def attention_backends(self, run):
+                from tuner.attention import AttentionBackend
+                return {"flex": AttentionBackend(dispatcher="flex", trains=False)}
         """
 
     @hookspec
