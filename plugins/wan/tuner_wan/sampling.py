@@ -1,0 +1,121 @@
+"""Rendering: diffusers' own ``WanPipeline`` around the network in training, on cached prompt embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tuner.errors import ConfigError, nearest
+from tuner_wan.encode import pad_states
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from tuner.model import Network, SampleRequest
+    from tuner.spec import LatentGeometry
+
+TRAIN_TIMES = 1000
+
+
+def sample(
+    network: Network,
+    geometry: LatentGeometry,
+    scheduler_config: Mapping[str, Any],
+    request: SampleRequest,
+    *,
+    flow_shift: float,
+) -> Tensor:
+    """Normalised latents (1, C, F', h, w), float32, of the clip that ``request`` describes.
+
+    Exactly what a plain ``WanPipeline`` makes of the same weights, embeddings, scheduler and seed; the
+    noise is drawn on the CPU, so that it does not depend on the device.
+    """
+    from diffusers import WanPipeline
+
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=make_scheduler(request.scheduler, scheduler_config, flow_shift),
+        transformer=network.module,
+    )
+    # Without a VAE the pipeline would assume Wan 2.1's strides.
+    pipeline.vae_scale_factor_temporal = geometry.stride_time
+    pipeline.vae_scale_factor_spatial = geometry.stride_space
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad(), _no_registry_left(network.module):
+        latents: Tensor = pipeline(
+            prompt_embeds=_states(request.prompt, network),
+            negative_prompt_embeds=_states(request.negative, network) if request.guidance > 1 else None,
+            width=request.width,
+            height=request.height,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance,
+            generator=torch.Generator().manual_seed(request.seed),
+            max_sequence_length=network.spec.text_tokens,
+            output_type="latent",
+            return_dict=False,
+            callback_on_step_end=_report(request.on_step),
+        )[0]
+    return latents
+
+
+def make_scheduler(name: str, config: Mapping[str, Any], shift: float) -> SchedulerMixin:
+    """The sampler called ``name`` for flow matching, its noise levels shifted by ``shift``.
+
+    ``unipc`` takes what else it needs from the model's own scheduler ``config``. ``euler`` runs from
+    sigma 1 down to 0.001, shifted once. ``euler-beta`` spaces its levels by a beta(0.6, 0.6)
+    distribution between the same ends, so that the shift only moves the last one.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+    if name == "unipc":
+        return UniPCMultistepScheduler.from_config(
+            dict(config),
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=TRAIN_TIMES,
+            flow_shift=shift,
+        )
+    if name in ("euler", "euler-beta"):
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=TRAIN_TIMES, use_beta_sigmas=name == "euler-beta"
+        )
+        # Given to the constructor, the shift would be applied to the last noise level twice.
+        scheduler.set_shift(shift)
+        return scheduler
+    known = ("unipc", "euler", "euler-beta")
+    raise ConfigError(f"validation_noise_scheduler is {name!r}", allowed=known, nearest=nearest(name, known))
+
+
+def _states(prompt: Mapping[str, Tensor], network: Network) -> Tensor:
+    """The states (1, 512, D) of one cached prompt, on the network's device."""
+    device = network.module.get_parameter("patch_embedding.weight").device
+    return pad_states(prompt["states"].unsqueeze(0).to(device), network.spec.text_tokens)
+
+
+def _report(on_step: Callable[[int], None] | None) -> Callable[..., dict[str, Any]] | None:
+    if on_step is None:
+        return None
+
+    def callback(pipeline: Any, index: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(index + 1)
+        return tensors
+
+    return callback
+
+
+@contextmanager
+def _no_registry_left(module: nn.Module) -> Iterator[None]:
+    """Take away the hook registry that a diffusers pipeline leaves on a network that had none."""
+    had = hasattr(module, "_diffusers_hook")
+    try:
+        yield
+    finally:
+        if not had and hasattr(module, "_diffusers_hook"):
+            del module._diffusers_hook

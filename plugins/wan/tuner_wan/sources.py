@@ -1,0 +1,237 @@
+"""Where the parts of a model come from: subfolders of local folders, hub repositories, single files.
+
+No torch here: ``tuner check`` looks at all of this before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import ConfigError, ModelError
+from tuner_wan.flavours import ORIGINAL_LAYOUTS, Flavour
+
+if TYPE_CHECKING:
+    from tuner.config.keys import CoreConfig
+
+DENOISER_STEM = "diffusion_pytorch_model"
+ENCODER_STEM = "model"
+STEMS = {"transformer": DENOISER_STEM, "vae": DENOISER_STEM, "text_encoder": ENCODER_STEM}
+"""Part to the name of its weight file, without suffix and shard number."""
+CONFIGS = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+"""A tokenizer has one of these."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model and where it lies."""
+
+    name: str
+    """``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` or ``scheduler``."""
+    key: str
+    """The config key that says where."""
+    base: str
+    """A local folder, a single file or a hub repository, as the config has it."""
+    subfolder: str
+    revision: str | None
+    folder: Path | None
+    """The folder of this part; None while it is only on the hub, and for a single file."""
+    file: Path | None = None
+    """The single ``.safetensors`` file it is read from."""
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it has to be fetched from a hub repository."""
+        return self.folder is None and self.file is None
+
+    def patterns(self) -> list[str]:
+        """The files of the repository that this part needs, as glob patterns."""
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        if self.name not in STEMS:
+            return [f"{prefix}*"]
+        return [f"{prefix}config.json", f"{prefix}{STEMS[self.name]}*.safetensors", f"{prefix}*.safetensors.index.json"]
+
+
+def locate_parts(core: CoreConfig, flavour: Flavour) -> dict[str, Part]:
+    """Every part by name, from ``pretrained_model_name_or_path`` and the keys that override it.
+
+    Raises ModelError for a path that is neither a folder nor the name of a repository, and for folders
+    in the layout of Wan's own code.
+    """
+    base_key = "pretrained_model_name_or_path"
+    base = core.pretrained_model_name_or_path or flavour.repository
+    subfolder = core.pretrained_transformer_subfolder
+    transformer = _part(
+        "transformer",
+        "pretrained_transformer_model_name_or_path" if core.pretrained_transformer_model_name_or_path else base_key,
+        core.pretrained_transformer_model_name_or_path or base,
+        "" if subfolder is None or subfolder.lower() in ("", "none") else subfolder,
+        flavour,
+        core.revision,
+    )
+    parts = [transformer]
+    for name, override_key in (
+        ("vae", "pretrained_vae_model_name_or_path"),
+        ("text_encoder", "pretrained_t5_model_name_or_path"),
+        ("tokenizer", "pretrained_t5_model_name_or_path"),
+        ("scheduler", base_key),
+    ):
+        override = getattr(core, override_key)
+        parts.append(
+            _part(name, override_key if override else base_key, override or base, name, flavour, core.revision)
+        )
+    return {part.name: part for part in parts}
+
+
+def _part(name: str, key: str, base: str, subfolder: str, flavour: Flavour, revision: str | None) -> Part:
+    path = Path(base).expanduser()
+    revision = revision if key == "pretrained_model_name_or_path" else None
+    if path.is_dir():
+        _refuse_original_layout(path, key, flavour)
+        return Part(name, key, base, subfolder, revision, path / subfolder)
+    if path.is_file():
+        if name != "transformer" or path.suffix != ".safetensors":
+            raise ModelError(
+                f"{key} is the file {base!r}",
+                allowed="a folder or a hub repository; a single .safetensors file only for the denoiser",
+            )
+        return Part(name, key, base, subfolder, revision, None, path)
+    _check_repository(base, key, flavour)
+    return Part(name, key, base, subfolder, revision, None)
+
+
+def _check_repository(base: str, key: str, flavour: Flavour) -> None:
+    """Refuse what is no repository name either, and repositories in the original layout."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(base)
+        plausible = base.count("/") == 1 and Path(base).suffix not in (".safetensors", ".pth", ".json")
+    except HFValidationError:
+        plausible = False
+    if not plausible:
+        raise ModelError(
+            f"{key} {base!r} does not exist",
+            where=Path(base).expanduser().absolute(),
+            allowed="a folder in the diffusers layout, or a hub repository such as " + flavour.repository,
+        )
+    original = ORIGINAL_LAYOUTS.get(base.partition("/")[2])
+    if original is not None:
+        raise _original_layout(base, key, original)
+
+
+def _refuse_original_layout(folder: Path, key: str, flavour: Flavour) -> None:
+    if any(folder.glob("*.pth")) or (folder / "high_noise_model").is_dir():
+        raise _original_layout(str(folder), key, ORIGINAL_LAYOUTS.get(folder.name, flavour.repository))
+
+
+def _original_layout(base: str, key: str, repository: str) -> ModelError:
+    return ModelError(
+        f"{base!r} is in the layout of Wan's own code (.pth text encoder and VAE)",
+        where=key,
+        allowed="the diffusers layout, with subfolders transformer, vae, text_encoder and tokenizer",
+        remedy=f"use the repository {repository} instead",
+    )
+
+
+def check_whole(parts: Iterable[Part]) -> None:
+    """Raise one ModelError that names every file which local parts lack."""
+    missing = [str(path) for part in parts for path in _missing(part)]
+    if missing:
+        raise ModelError(
+            f"the base model lacks {len(missing)} file{'s' if len(missing) > 1 else ''}",
+            where=", ".join(missing),
+            remedy="fetch it again whole, or check pretrained_model_name_or_path and the keys that override it",
+        )
+
+
+def _missing(part: Part) -> list[Path]:
+    if part.folder is None:
+        return []
+    if not part.folder.is_dir():
+        return [part.folder]
+    missing = [] if (part.folder / CONFIGS[part.name]).is_file() else [part.folder / CONFIGS[part.name]]
+    if part.name in STEMS:
+        missing += [path for path in weight_files(part.folder, STEMS[part.name]) if not path.is_file()]
+    elif part.name == "tokenizer" and not any((part.folder / name).is_file() for name in TOKENIZER_FILES):
+        missing.append(part.folder / "tokenizer.json")
+    return missing
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a folder, in reading order; those of the index whether they exist or not.
+
+    Without an index it is ``<stem>.safetensors``, or the only ``.safetensors`` there is. Raises
+    ModelError for weights in pickle formats, which are never read, and for a broken index.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ModelError("the index of the weights has no weight_map", where=index, remedy="fetch it again")
+        return [folder / name for name in sorted(set(shards.values()))]
+    whole = folder / f"{stem}.safetensors"
+    candidates = sorted(folder.glob("*.safetensors"))
+    if not whole.is_file() and len(candidates) == 1:
+        return candidates
+    if not candidates and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
+        raise ModelError(
+            f"{pickled[0].name!r} is a pickle, which is never read",
+            where=folder,
+            allowed="weights as .safetensors",
+            remedy="convert it, or take the model from its diffusers repository",
+        )
+    return [whole]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError that names the file when it is not one."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path.name!r}: {error}", where=path, remedy="fetch it again") from error
+    if not isinstance(data, dict):
+        raise ModelError(f"{path.name!r} holds no JSON object", where=path, remedy="fetch it again")
+    return data
+
+
+def read_config(part: Part) -> dict[str, Any] | None:
+    """The part's config: from its folder, or from the hub's local cache; None where it would have to be fetched."""
+    name = CONFIGS[part.name]
+    if part.folder is not None:
+        return read_json(part.folder / name)
+    if not part.on_hub:
+        return None
+    return _cached(part, f"{part.subfolder}/{name}" if part.subfolder else name)
+
+
+def read_model_index(base: str, revision: str | None) -> dict[str, Any] | None:
+    """The pipeline's ``model_index.json``, where it can be read without a download."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        path = folder / "model_index.json"
+        return read_json(path) if path.is_file() else None
+    return _cached(Part("index", "pretrained_model_name_or_path", base, "", revision, None), "model_index.json")
+
+
+def _cached(part: Part, filename: str) -> dict[str, Any] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(part.base, filename, revision=part.revision)
+    return read_json(Path(path)) if isinstance(path, str) else None
+
+
+def refuse(problem: str, part: Part, remedy: str) -> ConfigError:
+    """The error for a part that is whole and does not fit."""
+    return ConfigError(problem, where=f"{part.key} = {part.base}", remedy=remedy)
