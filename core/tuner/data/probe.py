@@ -1,0 +1,213 @@
+"""Probe a folder of clips once: what is in each file is kept in a small SQLite index.
+
+A later start stats every file and opens none that has its old size and time. A file that cannot be
+decoded is recorded with its reason, and not tried again until it changes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from tuner.data.probe_file import VideoFacts, probe_file
+from tuner.data.progress import log, progress
+from tuner.errors import DataError
+
+VIDEO_SUFFIXES = frozenset(
+    (
+        ".3gp",
+        ".avi",
+        ".flv",
+        ".gif",
+        ".m2ts",
+        ".m4v",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".ogv",
+        ".ts",
+        ".webm",
+        ".wmv",
+    )
+)
+INDEX_NAME = "probe.sqlite3"
+INDEX_VERSION = 1
+"""Bumped when probing learns something new: an index of another version is filled afresh."""
+FEW = 16
+"""New files up to this number are probed here: starting processes would take longer."""
+WRITE_EVERY = 64
+_COLUMNS = "path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, reason TEXT, sha256 TEXT, width INTEGER, \
+height INTEGER, frames INTEGER, fps REAL, duration REAL"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file in a dataset's folder."""
+
+    path: Path
+    size: int
+    """bytes"""
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A file and what is in it: facts, or the reason why there are none."""
+
+    path: Path
+    facts: VideoFacts | None
+    reason: str = ""
+
+
+def scan(folder: Path) -> list[Found]:
+    """Every video file under ``folder`` (by suffix, hidden files and folders left out), sorted by path."""
+    found: list[Found] = []
+    pending, seen = [folder], set()
+    while pending:
+        here = pending.pop()
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue  # a link that leads back
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                with suppress(FileNotFoundError):  # a link to nowhere
+                    if entry.is_dir():
+                        pending.append(Path(entry.path))
+                    elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:  # noqa: PTH122
+                        status = entry.stat()
+                        found.append(Found(Path(entry.path), status.st_size, status.st_mtime_ns))
+    return sorted(found, key=lambda each: each.path)
+
+
+def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool = True) -> list[Probed]:
+    """Every video file under ``folder`` with its facts, in order of path.
+
+    Arguments
+        index: folder of the index; made when absent.
+        processes: how many probe new files; 0 is one per core.
+    Raises DataError when the index cannot be written.
+    """
+    found = scan(folder)
+    try:
+        with closing(_open(index / INDEX_NAME)) as connection:
+            known = _known(connection)
+            new = [each for each in found if _stamp(each) not in known]
+            with progress(f"probing {folder.name}", len(new), show=show_progress) as advance:
+                for batch in _batched(_probe_all(new, processes, advance), WRITE_EVERY):
+                    known |= {_stamp(each): result for each, result in batch}
+                    _record(connection, batch)
+    except (sqlite3.Error, OSError) as error:
+        raise DataError(
+            f"the index of probed files cannot be written: {error}",
+            where=index / INDEX_NAME,
+            remedy="free the disk or choose another cache_dir_vae",
+        ) from error
+    results = ((each.path, known[_stamp(each)]) for each in found)
+    return [Probed(path, None, result) if isinstance(result, str) else Probed(path, result) for path, result in results]
+
+
+Stamp = tuple[str, int, int]
+
+
+def _stamp(found: Found) -> Stamp:
+    """What a file is known by: its absolute path, size and time of change."""
+    return (os.path.abspath(found.path), found.size, found.mtime_ns)  # noqa: PTH100 - resolve() would follow links
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    """The index, made or renewed where needed. A damaged one is put aside: it can be made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _connect(path)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+        path.rename(aside)
+        log.warning("the index of probed files was damaged; it is now %s and a new one is made", aside)
+        return _connect(path)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=60)
+    try:
+        if connection.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:
+            connection.execute("DROP TABLE IF EXISTS files")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS files ({_COLUMNS})")
+        connection.execute(f"PRAGMA user_version = {INDEX_VERSION}")
+        connection.commit()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _known(connection: sqlite3.Connection) -> dict[Stamp, VideoFacts | str]:
+    rows = connection.execute("SELECT * FROM files")
+    return {(row[0], row[1], row[2]): VideoFacts(*row[4:]) if row[3] is None else row[3] for row in rows}
+
+
+def _record(connection: sqlite3.Connection, batch: Iterable[tuple[Found, VideoFacts | str]]) -> None:
+    rows = [
+        (*_stamp(found), result, *[None] * 6) if isinstance(result, str) else (*_stamp(found), None, *astuple(result))
+        for found, result in batch
+    ]
+    with connection:
+        connection.executemany(f"INSERT OR REPLACE INTO files VALUES ({', '.join('?' * 10)})", rows)
+
+
+def _probe_all(
+    new: Sequence[Found], processes: int, advance: Callable[[int], None]
+) -> Iterator[tuple[Found, VideoFacts | str]]:
+    """Probe each file, in other processes where that pays."""
+    paths = [each.path for each in new]
+    workers = min(processes or len(os.sched_getaffinity(0)), len(paths))
+    if len(paths) <= FEW or workers == 1:
+        yield from _counted(new, map(probe_file, paths), advance)
+        return
+    # spawn: the parent may hold threads and a device, which a fork would copy half
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            yield from _counted(new, pool.map(probe_file, paths, chunksize=4), advance)
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a file ended the process that probed it",
+                where=paths[0].parent,
+                remedy="take out the files that were added last until it is found; those probed so far are remembered",
+            ) from error
+
+
+def _counted(
+    new: Sequence[Found], results: Iterable[VideoFacts | str], advance: Callable[[int], None]
+) -> Iterator[tuple[Found, VideoFacts | str]]:
+    for found, result in zip(new, results, strict=True):
+        advance(1)
+        yield found, result
+
+
+def _batched(
+    items: Iterator[tuple[Found, VideoFacts | str]], size: int
+) -> Iterator[list[tuple[Found, VideoFacts | str]]]:
+    batch: list[tuple[Found, VideoFacts | str]] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
