@@ -27,7 +27,7 @@ class ChunkedFeedForwardConfig(PluginConfig):
     )
     feed_forward_chunk_size: int = key(
         2,
-        "Size of a chunk in units of 1024 tokens: 2 is at most 2048 tokens at a time. Clips with no more tokens than that "
+        "Tokens in a chunk, in units of 1024: 2 is at most 2048 tokens at a time. Clips with no more tokens than that "
         "are computed as without chunks.",
         ge=1,
         environment="WAN_FEED_FORWARD_CHUNK_SIZE",
