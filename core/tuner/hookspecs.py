@@ -134,7 +134,8 @@ class HookSpecs:
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
         """Declare edits of the model: adapters, rewrites, placement.
 
-        Called: all, once the cache is built; the core sorts them by stage, refuses two claims on one thing, applies them.
+        Called: all, once the cache is built; the core sorts them by stage, refuses two claims on one thing, and
+        applies them.
         Arguments: ``run``; ``model``, not yet materialised.
         Returns: Transforms.
 
