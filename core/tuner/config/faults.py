@@ -64,31 +64,12 @@ def _fault(model: type[BaseModel], path: tuple[str | int, ...], details: list[An
         return ConfigError(what, where=where, allowed=siblings, nearest=nearest(str(path[-1]), siblings))
     if first["type"] == "missing":
         return ConfigError(f"{name} is missing", where=where, allowed=siblings)
-    field = _field(model, path)
-    value = first["input"]
-    if len(details) > 1 or first["type"] in ("literal_error", "enum") or field is None:
-        reason = f"must be {field}" if field else _reason(first["msg"])
-        words = _choices(model, path)
-        return ConfigError(
-            f"{name or 'the value'} is {shown(value)}, but {reason}"
-            if not words
-            else f"{name} is {shown(value)}, which it cannot be",
-            where=where,
-            allowed=words or field,
-            nearest=nearest(str(value), words) if words else None,
-        )
-    return ConfigError(f"{name} is {shown(value)}, but {_reason(first['msg'])}", where=where, allowed=field)
-
-
-def _reason(message: str) -> str:
-    """Pydantic's message as the second half of a sentence."""
-    message = message.removeprefix("Value error, ")
-    for start in ("Input should be", "Value should", "Input is"):
-        if message.startswith(start):
-            message = {"Input should be": "must be", "Value should": "should", "Input is": "it is"}[start] + message[
-                len(start) :
-            ]
-    return message
+    value = shown(first["input"])
+    if len(details) == 1 and first["type"] in ("value_error", "assertion_error"):
+        return ConfigError(f"{name or 'this'} is {value}: {first['msg'].removeprefix('Value error, ')}", where=where)
+    choices = _choices(model, path)
+    close = nearest(str(first["input"]), choices)
+    return ConfigError(f"{name} cannot be {value}", where=where, allowed=choices or _field(model, path), nearest=close)
 
 
 def _spelt(path: tuple[str | int, ...]) -> str:
