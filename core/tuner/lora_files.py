@@ -131,6 +131,20 @@ def write(file: LoraFile, path: Path) -> None:
     """Write ``file`` to ``path`` at once or not at all."""
     with atomic_path(path) as temporary:
         save_file(dict(file.tensors), temporary, metadata=dict(file.metadata))
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata in order: safetensors writes it in a random one, and equal files should be equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Tensor offsets count from the header's end, so its size must stay; the format allows trailing spaces.
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def model_facts(spec: ModelSpec, network: NetworkSpec) -> dict[str, Any]:
