@@ -1,0 +1,142 @@
+"""The offload keys: what is refused and how it is said, and what the placement refuses of a network."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from optimum.quanto import freeze, qint8, quantize
+from torch import nn
+
+from tuner.config.keys import CoreConfig
+from tuner.errors import ConfigError, PluginError
+from tuner.model import Stage, Transform
+from tuner.run import Run
+from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+from tuner_offload import OffloadConfig, OffloadPlugin
+from tuner_offload.placement import masters_of
+
+
+def plugin(**keys) -> OffloadPlugin:
+    return OffloadPlugin("offload", OffloadConfig(**keys))
+
+
+def run(**keys) -> Run:
+    return Run(CoreConfig(**keys), plugins={})
+
+
+def spec(blocks: int) -> ModelSpec:
+    network = NetworkSpec("transformer", blocks, dim=8, heads=1, ffn_dim=8, text_dim=8, text_tokens=8, in_channels=4)
+    return ModelSpec("toy", "toy", "none", (network,), LatentGeometry(4, 4, 8), 16, 16.0, ("to_q",))
+
+
+@pytest.mark.parametrize(
+    ("keys", "core", "said"),
+    [
+        ({"enable_model_cpu_offload": True}, {}, "exclude each other"),
+        ({"group_offload_type": "leaf_level"}, {}, "leaf_level is not built yet"),
+        ({"group_offload_to_disk_path": "/tmp/x"}, {}, "group_offload_to_disk_path is not built yet"),
+        ({}, {"gradient_checkpointing": False}, "set gradient_checkpointing to true"),
+        ({}, {"model_type": "full"}, "use `model_type: lora`"),
+        ({}, {"base_model_precision": "int8-quanto"}, "quantised base (int8-quanto)"),
+    ],
+)
+def test_what_group_offload_refuses(keys, core, said):
+    with pytest.raises(ConfigError) as error:
+        plugin(enable_group_offload=True, **keys).configure(run(**core))
+    assert said in str(error.value)
+    assert "to do:" in str(error.value) or "allowed:" in str(error.value)
+
+
+def test_several_faults_come_in_one_message():
+    with pytest.raises(ConfigError) as error:
+        plugin(enable_group_offload=True, group_offload_type="leaf_level").configure(run(model_type="full"))
+    assert "leaf_level" in str(error.value)
+    assert "model_type: full" in str(error.value)
+
+
+def test_model_offload_alone_comes_later():
+    with pytest.raises(ConfigError, match="enable_model_cpu_offload is not built yet"):
+        plugin(enable_model_cpu_offload=True).configure(run())
+
+
+def test_switched_off_it_refuses_and_does_nothing():
+    off = plugin(group_offload_type="leaf_level")
+    off.configure(run(model_type="full", gradient_checkpointing=False))
+    off.check_model(run(), spec(1))
+    assert not off.is_active(CoreConfig())
+    assert list(off.model_transforms(run(), None)) == []
+
+
+@pytest.mark.parametrize(("blocks", "size", "fits"), [(30, 14, True), (30, 15, False), (3, 1, True), (2, 1, False)])
+def test_groups_must_leave_something_to_offload(blocks, size, fits):
+    on = plugin(enable_group_offload=True, group_offload_blocks_per_group=size)
+    if fits:
+        on.check_model(run(), spec(blocks))
+        return
+    with pytest.raises(ConfigError, match=f"group_offload_blocks_per_group {size}.*all {blocks} blocks"):
+        on.check_model(run(), spec(blocks))
+
+
+def test_the_plugin_places_the_network():
+    (place,) = plugin(enable_group_offload=True).model_transforms(run(), None)
+    assert (place.stage, place.claims) == (Stage.PLACE, frozenset({"placement"}))
+    assert place.sink is not None
+
+
+def test_a_trained_base_weight_is_refused(toy):
+    def unfreeze(network):
+        network.stack.blocks[1].norm.weight.requires_grad_(True)
+
+    with pytest.raises(PluginError, match=r"blocks\.1\.norm\.weight.*was trained"):
+        toy(offload=True, extra=(Transform(Stage.REWRITE, "unfreeze", frozenset(), unfreeze),))
+
+
+def test_a_trained_base_weight_stays_where_it_is_when_placed_afterwards(toy):
+    def unfreeze(network):
+        network.stack.blocks[1].norm.weight.requires_grad_(True)
+
+    streamed = toy(offload=True, while_reading=False, extra=(Transform(Stage.REWRITE, "free", frozenset(), unfreeze),))
+    weight = streamed.network.stack.blocks[1].norm.weight
+    streamed.loss(0).backward()
+    assert streamed.network.stack.blocks[1].norm.weight is weight
+    assert weight.grad is not None
+
+
+def test_a_replaced_weight_is_refused(toy):
+    def swap(network):
+        network.stack.blocks[2].norm = nn.LayerNorm(24)
+
+    with pytest.raises(PluginError, match=r"blocks\.2\.norm\.weight.*was replaced"):
+        toy(offload=True, extra=(Transform(Stage.REWRITE, "swap", frozenset(), swap),))
+
+
+def test_quantised_weights_are_refused(toy):
+    network = toy(offload=False).network
+    quantize(network.module, weights=qint8)
+    freeze(network.module)
+    with pytest.raises(ConfigError, match="group offload of quantised weights"):
+        masters_of(replace(network), 1, pinned=False)
+
+
+def test_a_stream_without_streams_is_said(toy, caplog):
+    with caplog.at_level("INFO", logger="tuner"):
+        toy(offload=True, use_stream=True)
+    assert "group_offload_use_stream has no effect on cpu" in caplog.text
+    assert "6 groups" in caplog.text
+
+
+def test_the_entry_module_imports_nothing_heavy():
+    heavy = "torch", "diffusers", "transformers", "numpy"
+    code = f"import sys, tuner_offload; print([name for name in {heavy!r} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_masters_keep_each_dtype(toy):
+    streamed = toy(offload=True, dtype=torch.bfloat16)
+    for _, name, parameter in streamed.frozen():
+        assert parameter.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
