@@ -64,7 +64,8 @@ class HookSpecs:
 
             @hookimpl
             def describe_model(self, run):
-                return ModelSpec(family="toy", flavour="tiny", base="none", networks=(NetworkSpec("net", ...),), ...)
+                from my_family.describe import read_spec
+                return read_spec(run.config.pretrained_model_name_or_path)
         """
 
     @hookspec
