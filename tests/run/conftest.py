@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution
@@ -102,15 +103,14 @@ def steps_of() -> Callable[[Path], list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="session")
-def state_of() -> Callable[[Path, int], dict[str, bytes]]:
-    """The bytes of everything a checkpoint holds but its manifest, which names the output folder."""
+def state_of() -> Callable[[Path, int], dict[str, dict[str, bytes]]]:
+    """Every tensor of a checkpoint, bit for bit, by file and name (files name their folder in their metadata)."""
 
-    def read(output: Path, step: int) -> dict[str, bytes]:
-        folder = output / f"checkpoint-{step}"
+    def read(output: Path, step: int) -> dict[str, dict[str, bytes]]:
+        files = sorted((output / f"checkpoint-{step}").rglob("*.safetensors"))
+        assert len(files) >= 3  # adapter, optimizer, LoRA
         return {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name != "manifest.json"
+            path.name: {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()} for path in files
         }
 
     return read

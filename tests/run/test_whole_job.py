@@ -37,7 +37,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(job):
     def probe(session, **arguments):
         kept, session.run.step = session.run.step, 10_000  # the noise of one fixed step
         batch = step.make_batch(session, session.loader.load(0, 0))
-        losses.append(float(step._loss(session, batch, 0).per_sample.mean()))
+        losses.append(step._loss(session, batch, 0).per_sample.mean().item())
         session.run.step = kept
         return original(session, **arguments)
 
