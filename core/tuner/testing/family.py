@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tuner import flow
 from tuner.blocks import StepContext
 from tuner.config.keys import CoreConfig
+from tuner.manager import Manager
 from tuner.materialise import materialise
 from tuner.model import Batch, EncodeBatch, Encoded, EncodeKind, Model
 from tuner.plugin import AnyPlugin
@@ -26,7 +27,9 @@ class FamilyBench:
     """One family plugin with a tiny model, and clips and captions to try it with."""
 
     def __init__(self, plugin: AnyPlugin, settings: Mapping[str, Any], clip: tuple[int, int, int]) -> None:
-        self.plugin: Any = plugin
+        manager = Manager()
+        manager.add(plugin.name, plugin)
+        self.hook = manager.hook
         self.settings = {"mixed_precision": "no", **settings}
         self.clip = clip
         self.run = Run(CoreConfig(**self.settings), {plugin.name: plugin})
@@ -36,7 +39,7 @@ class FamilyBench:
     @cached_property
     def spec(self) -> ModelSpec:
         """What the family says of its model."""
-        spec: ModelSpec = self.plugin.describe_model(run=self.run)
+        spec: ModelSpec = self.hook.describe_model(run=self.run)
         return spec
 
     @cached_property
@@ -52,7 +55,7 @@ class FamilyBench:
 
     def hand_over(self) -> Model:
         """The model as the family hands it over: networks without storage."""
-        model: Model = self.plugin.load_model(run=self.run)
+        model: Model = self.hook.load_model(run=self.run)
         return model
 
     def load(self) -> Model:
@@ -72,7 +75,7 @@ class FamilyBench:
 
     def _encode(self, model: Model, kind: EncodeKind, **what: Any) -> Encoded:
         with torch.no_grad(), model.use(*self.spec.encoders[kind]):
-            encoded: Encoded = self.plugin.encode_batch(run=self.run, model=model, batch=EncodeBatch(kind, **what))
+            encoded: Encoded = self.hook.encode_batch(run=self.run, model=model, batch=EncodeBatch(kind, **what))
         return encoded
 
     def batch(self, model: Model) -> Batch:
@@ -100,7 +103,7 @@ class FamilyBench:
         network = model.network
         network.module.train().requires_grad_(True).zero_grad(set_to_none=True)
         network.trampoline.context = context
-        losses: Tensor = self.plugin.compute_loss(run=self.run, model=model, batch=self.batch(model)).per_sample
+        losses: Tensor = self.hook.compute_loss(run=self.run, model=model, batch=self.batch(model)).per_sample
         losses.mean().backward()  # type: ignore[no-untyped-call]
         gradients = {name: parameter.grad for name, parameter in network.module.named_parameters()}
         network.module.zero_grad(set_to_none=True)

@@ -1,0 +1,83 @@
+"""Every plugin of this repository, built-in ones included, passes the contract that others are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tuner.selection import discover
+from tuner.testing.contract import FamilyContract, PluginContract
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class TestChunkedFeedForward(PluginContract):
+    plugin = "chunked_ff"
+    legacy_keys = frozenset({"enable_chunked_feed_forward", "feed_forward_chunk_size"})
+
+
+class TestFlex(PluginContract):
+    plugin = "flex"
+
+
+class TestFull(PluginContract):
+    plugin = "full"
+
+
+class TestLora(PluginContract):
+    plugin = "lora"
+
+
+class TestOffload(PluginContract):
+    plugin = "offload"
+    legacy_keys = frozenset(
+        {
+            "enable_group_offload",
+            "enable_model_cpu_offload",
+            "group_offload_blocks_per_group",
+            "group_offload_to_disk_path",
+            "group_offload_type",
+            "group_offload_use_stream",
+        }
+    )
+
+
+class TestQuanto(PluginContract):
+    plugin = "quanto"
+
+
+class TestSampling(PluginContract):
+    plugin = "sampling"
+
+
+class TestTread(PluginContract):
+    plugin = "tread"
+
+
+class TestWan(PluginContract):
+    plugin = "wan"
+
+
+class TestWanFamily(FamilyContract):
+    plugin = "wan"
+
+    def build(self, folder: Path) -> dict[str, Any]:
+        from tuner_wan.tiny import build_tiny_t2v
+
+        build_tiny_t2v(folder / "wan")
+        return {"pretrained_model_name_or_path": str(folder / "wan")}
+
+
+def test_no_plugin_is_missing_here() -> None:
+    tested = {cls.plugin for cls in PluginContract.__subclasses__() if cls.__module__ == __name__}
+    assert tested == {name for name, found in discover().items() if found.package == "difftuner"}
