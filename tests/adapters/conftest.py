@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from tuner_wan.names import RENAME
-from tuner_wan.stack import WanStack
-from tuner_wan.tiny import build_tiny_t2v
 
 from tuner.blocks import install
 from tuner.config.keys import CoreConfig
 from tuner.model import Model, Network, SampleRequest
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+from tuner_wan.names import RENAME
+from tuner_wan.stack import WanStack
+from tuner_wan.tiny import build_tiny_t2v
 
 torch.set_num_threads(1)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

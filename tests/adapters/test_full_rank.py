@@ -46,7 +46,7 @@ def test_state_round_trip_is_bit_equal_in_the_same_storage(make_network, randomi
     adapter.load(source)
     assert all(torch.equal(tensor, source[name]) for name, tensor in adapter.state().items())
     assert {name: tensor.data_ptr() for name, tensor in adapter.state().items()} == pointers
-    with pytest.raises(CheckpointError, match="proj_out.bias is missing"):
+    with pytest.raises(CheckpointError, match=r"proj_out\.bias is missing"):
         adapter.load({name: tensor for name, tensor in source.items() if name != "proj_out.bias"})
 
 

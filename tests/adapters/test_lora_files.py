@@ -174,7 +174,7 @@ def test_a_missing_half_and_a_wrong_shape_are_refused(trained):
     tensors, shapes, spec = exported(trained)
     key = "diffusion_model.blocks.0.self_attn.q.lora_B.weight"
     whole = tensors.pop(key)
-    with pytest.raises(CheckpointError, match="only one of the two matrices of 'diffusion_model.blocks.0.self_attn.q'"):
+    with pytest.raises(CheckpointError, match=r"only one of the two matrices of 'diffusion_model\.blocks"):
         lora_files.verify(tensors, shapes, spec, "comfyui")
     tensors[key] = whole[:-1]
     with pytest.raises(CheckpointError, match=r"and its weight has \(24, 24\)"):
