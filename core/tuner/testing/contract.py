@@ -208,8 +208,8 @@ class FamilyContract:
         """What is offered for chunking may be run on any part of the tokens."""
         for network in bench.load().networks.values():
             for name, module in network.feed_forwards.items():
-                parameter = next(module.parameters())
-                tokens = torch.randn(1, 4, network.spec.dim, dtype=parameter.dtype)
+                dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+                tokens = torch.randn(1, 4, network.spec.dim, dtype=dtype)
                 with torch.no_grad():
                     whole, part = module(tokens), module(tokens[:, 1:3])
                 assert whole.shape == tokens.shape, name
