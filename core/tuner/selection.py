@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import PluginError, nearest
@@ -75,7 +74,6 @@ def discover() -> dict[str, Found]:
     found = {
         name: Found(name, EntryPoint(name, target, GROUP), DISTRIBUTION, __version__, builtin=True)
         for name, target in BUILTINS.items()
-        if find_spec(target.partition(":")[0])
     }
     for entry in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
         package = entry.dist

@@ -85,7 +85,7 @@ def test_what_cannot_be_read_at_all_is_one_error(tmp_path: Path) -> None:
         plain_data(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="cannot be read"):
         plain_data(_binary(tmp_path))
-    with pytest.raises(ConfigError, match="cannot tell the format of 'c.ini'") as caught:
+    with pytest.raises(ConfigError, match=r"cannot tell the format of 'c\.ini'") as caught:
         plain_data(tmp_path / "c.ini")
     assert ".toml" in str(caught.value)
     with pytest.raises(ConfigError, match="must be one object"):

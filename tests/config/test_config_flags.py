@@ -42,7 +42,7 @@ def test_flags_in_every_spelling() -> None:
 
 
 def test_a_word_that_is_no_flag_says_what_to_write_instead() -> None:
-    with pytest.raises(ConfigError, match="'my.toml' is no flag") as caught:
+    with pytest.raises(ConfigError, match=r"'my\.toml' is no flag") as caught:
         parse_flags(["my.toml"], "command line")
     assert "--config my.toml" in str(caught.value)
     with pytest.raises(ConfigError, match="'cat' is no flag"):

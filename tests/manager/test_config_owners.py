@@ -111,8 +111,8 @@ def test_everything_wrong_with_a_config_comes_in_one_message_with_its_place(cata
         "there is no config key 'learnin_rate'\n  where:   run.json\n  nearest: did you mean 'learning_rate'?" in text
     )
     assert 'seed cannot be "many"' in text
-    assert "allowed: whole number ≥ 0" in text
-    assert "router_routes[0].ratio cannot be 2\n  where:   command line\n  allowed: number ≥ 0 < 1" in text
+    assert "allowed: whole number, ≥ 0" in text
+    assert "router_routes[0].ratio cannot be 2\n  where:   command line\n  allowed: number, ≥ 0, < 1" in text
     assert "router_routes[0] has no key 'frist'" in text
     assert "did you mean 'first'?" in text
     assert 'mixed_precision cannot be "bf61"' in text

@@ -92,7 +92,7 @@ def allowed(field: FieldInfo) -> str:
         for name, text in _BOUNDS.items()
         if getattr(rule, name, None) is not None
     ]
-    return " ".join([type_words(field.annotation), *bounds])
+    return ", ".join([type_words(field.annotation), *bounds])
 
 
 def shown_default(field: FieldInfo) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import import_module
+from collections.abc import Collection, Iterator, Mapping
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -12,9 +11,12 @@ from tuner.config.data_keys import DataKeys
 from tuner.config.describe import allowed, facts, model_in, shown_default
 from tuner.config.keys import CoreConfig
 from tuner.config.model_keys import ModelKeys
+from tuner.config.owners import CORE, OPEN_VALUES
 from tuner.config.pending_keys import PendingKeys
 from tuner.config.train_keys import FlowKeys, TrainKeys
 from tuner.config.validation_keys import ValidationKeys
+from tuner.data.datasets import KINDS
+from tuner.plugin import AnyPlugin
 from tuner.selection import DISTRIBUTION, Catalog
 
 _HEAD = """# Every config key
@@ -35,7 +37,6 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Validation", ValidationKeys),
     ("Without effect yet", PendingKeys),
 )
-_DATASETS = "tuner.data.datasets"
 
 
 def page() -> str:
@@ -45,46 +46,76 @@ def page() -> str:
 
 def _lines() -> Iterator[str]:
     yield _HEAD
-    yield "# Core keys"
+    plugins = _plugins()
+    yield "## Core keys"
     seen: set[str] = set()
     for title, model in _SECTIONS:
-        yield from _section(title, model, model.__doc__)
+        yield from _section(title, CORE, model, model.__doc__, plugins)
         seen.update(model.model_fields)
     rest = [key for key in CoreConfig.model_fields if key not in seen]
-    yield from _section("Plugins", CoreConfig, "Which plugins are loaded: see `docs/plugins.md`.", rest)
-    yield "\n# Plugin keys"
+    yield from _section("Plugins", CORE, CoreConfig, "Which plugins are loaded: see `docs/plugins.md`.", plugins, rest)
+    yield "\n## Plugin keys"
+    for name, cls in plugins.items():
+        if cls.Config.model_fields:
+            yield from _section(f"`{name}`", name, cls.Config, _summary(cls), plugins)
+    yield "\n## Dataset keys\n\nWhat one entry of `data_backend_config` may say, by its `dataset_type`."
+    for kind, model in KINDS.items():
+        yield from _section(f"`{kind}`", kind, model, _summary(model), plugins)
+
+
+def _plugins() -> dict[str, type[AnyPlugin]]:
+    """The plugins that come with this repository: the page must not depend on what else is installed."""
     catalog = Catalog()
-    for name, found in catalog.installed.items():
-        # Only what comes with this repository: the page must not depend on what else is installed.
-        if found.package == DISTRIBUTION:
-            cls = catalog.load(name)
-            if cls.Config.model_fields:
-                yield from _section(f"`{name}`", cls.Config, (cls.__doc__ or "").strip().partition("\n")[0])
-    yield "\n# Dataset keys\n\nWhat one entry of `data_backend_config` may say."
-    for model in _dataset_models():
-        yield from _section(f"`{model.__name__}`", model, (model.__doc__ or "").strip().partition("\n")[0])
+    return {name: catalog.load(name) for name, found in catalog.installed.items() if found.package == DISTRIBUTION}
 
 
-def _section(title: str, model: type[BaseModel], about: str | None, only: list[str] | None = None) -> Iterator[str]:
-    yield f"\n## {title}\n\n{about}\n"
-    yield "| key | values | default | meaning |\n|---|---|---|---|"
-    yield from _rows(model, "", only)
+def _section(
+    title: str,
+    owner: str,
+    model: type[BaseModel],
+    about: str | None,
+    plugins: Mapping[str, type[AnyPlugin]],
+    only: Collection[str] | None = None,
+) -> Iterator[str]:
+    yield f"\n### {title}\n\n{about}\n"
+    yield "| key | owner | values | default | meaning |\n|---|---|---|---|---|"
+    for key, field, values in _keys(model, "", plugins):
+        if only is None or key in only:
+            cells = (f"`{key}`", owner, values, _default(key, field), _meaning(field))
+            yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
 
 
-def _rows(model: type[BaseModel], prefix: str, only: list[str] | None = None) -> Iterator[str]:
+def _keys(
+    model: type[BaseModel], prefix: str, plugins: Mapping[str, type[AnyPlugin]]
+) -> Iterator[tuple[str, FieldInfo, str]]:
+    """Each key of a model with its field and its values in words, those of nested objects below their own."""
     for key, field in model.model_fields.items():
-        if only is not None and key not in only:
-            continue
         inner = model_in(field.annotation)
-        values = "see below" if inner else allowed(field)
-        yield f"| `{prefix}{key}` | {_cell(values)} | {_default(field)} | {_cell(_meaning(field))} |"
+        yield prefix + key, field, "object, see below" if inner else _values(prefix + key, field, plugins)
         if inner:
-            many = "[]" if str(field.annotation).count("list[") or str(field.annotation).count("tuple[") else ""
-            yield from _rows(inner, f"{prefix}{key}{many}.")
+            many = "[]" if "list[" in str(field.annotation) or "tuple[" in str(field.annotation) else ""
+            yield from _keys(inner, f"{prefix}{key}{many}.", plugins)
 
 
-def _default(field: FieldInfo) -> str:
-    return "required" if field.is_required() else f"`{_cell(shown_default(field))}`"
+def _values(key: str, field: FieldInfo, plugins: Mapping[str, type[AnyPlugin]]) -> str:
+    if key not in OPEN_VALUES:
+        return allowed(field)
+    served = [
+        f"{value} (plugin `{name}`)" for name, cls in plugins.items() for value in sorted(cls.values.get(key, ()))
+    ]
+    return ", ".join([*sorted(OPEN_VALUES[key]), *served])
+
+
+def _default(key: str, field: FieldInfo) -> str:
+    if not field.is_required():
+        return f"`{shown_default(field)}`"
+    if key in CoreConfig.model_fields:
+        return "the core key"
+    return "see meaning" if key.startswith("cache_dir") else "required"
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
 def _meaning(field: FieldInfo) -> str:
@@ -101,12 +132,6 @@ def _meaning(field: FieldInfo) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _dataset_models() -> list[type[BaseModel]]:
-    module = import_module(_DATASETS)
-    mine = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == _DATASETS]
-    return [each for each in mine if issubclass(each, BaseModel) and "id" in each.model_fields]
 
 
 if __name__ == "__main__":
