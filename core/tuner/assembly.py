@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tuner.config import warnings
-from tuner.config.coerce import coerce
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
 from tuner.config.owners import CORE, KeyIndex, Split, Splitter, canonical, claims, raise_all, unknown_key
@@ -61,10 +60,11 @@ def assemble(
     wanted, index, settings = _read(raw, plugins, without, catalog)
     sources: Mapping[str, str] = getattr(raw, "sources", {})
     selection = _select(settings, wanted, index, sources)
-    if strict is None:
-        strict = coerce(settings.get("strict", False), bool) in (True, "true", "1", "yes", "on")
-    split = Splitter(index, selection, wanted, strict, sources).split(settings)
-    core, loaded = _validate(split, selection, wanted, strict, sources)
+    if strict is not None:
+        settings["strict"] = strict
+    severe = str(settings.get("strict", False)).lower() in ("true", "yes", "on", "1")
+    split = Splitter(index, selection, wanted, severe, sources).split(settings)
+    core, loaded = _validate(split, selection, wanted, sources)
     manager = Manager()
     manager.add_all(loaded)
     found = {name: catalog.installed[name] for name in loaded}
@@ -116,12 +116,15 @@ def _select(settings: Mapping[str, Any], wanted: Wanted, index: KeyIndex, source
 
 
 def _validate(
-    split: Split, selection: Selection, wanted: Wanted, strict: bool, sources: Mapping[str, str]
+    split: Split, selection: Selection, wanted: Wanted, sources: Mapping[str, str]
 ) -> tuple[CoreConfig, dict[str, AnyPlugin]]:
     """Make every config model; everything that is wrong comes as one error."""
     errors = list(split.errors)
-    said = {"without": sorted(wanted.without), "strict": strict}
-    values = {**split.core, **said, **({} if wanted.plugins is None else {"plugins": list(wanted.plugins)})}
+    values = {
+        **split.core,
+        "without": sorted(wanted.without),
+        **({} if wanted.plugins is None else {"plugins": list(wanted.plugins)}),
+    }
     configs: dict[str, PluginConfig] = {}
     models: dict[str, type[PluginConfig]] = {CORE: CoreConfig}
     models |= {name: cls.Config for name, cls in selection.classes.items()}

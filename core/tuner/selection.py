@@ -179,7 +179,7 @@ def select(catalog: Catalog, wanted: Wanted, claims: Mapping[str, str]) -> Selec
     words; they count only where no exact list was given. Raises PluginError.
     """
     wanted.check(catalog)
-    if wanted.plugins is None and wanted.family is not None:
+    if wanted.plugins is None and wanted.family is not None and wanted.family not in wanted.without:
         _find_family(catalog, wanted.family)
     reasons = {name: _reason(catalog, wanted, claims, name) for name in catalog.installed}
     names = [name for name, (loaded, _) in reasons.items() if loaded]
@@ -189,14 +189,15 @@ def select(catalog: Catalog, wanted: Wanted, claims: Mapping[str, str]) -> Selec
 
 
 def _find_family(catalog: Catalog, family: str) -> None:
-    if family not in catalog.installed:
-        families = _families(catalog)
-        raise PluginError(
-            f"no installed plugin brings the model family {family!r}",
-            where="model_family",
-            allowed=families,
-            nearest=nearest(family, families),
-        )
+    if family in catalog.installed and FAMILY in catalog.load(family).provides:
+        return
+    families = _families(catalog)
+    raise PluginError(
+        f"no installed plugin brings the model family {family!r}",
+        where="model_family",
+        allowed=families,
+        nearest=nearest(family, families),
+    )
 
 
 def _reason(catalog: Catalog, wanted: Wanted, claims: Mapping[str, str], name: str) -> tuple[bool, str]:

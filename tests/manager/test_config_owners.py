@@ -54,6 +54,7 @@ def test_strict_makes_set_aside_keys_an_error(catalog: Catalog) -> None:
     raw = {**EXACT, "router_routes": []}
     assert "'router_routes' belongs to plugin 'router', which is not loaded" in refusal(raw, catalog, strict=True)
     assert "`strict` is set" in refusal({**raw, "strict": "true"}, catalog)
+    assert 'strict cannot be "perhaps"' in refusal({**EXACT, "strict": "perhaps"}, catalog)
     assert assemble({**raw, "strict": True}, strict=False, catalog=catalog).core.strict is False
 
 

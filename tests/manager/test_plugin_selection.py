@@ -108,7 +108,7 @@ def test_hooks_are_called_in_that_order(make_catalog: MakeCatalog) -> None:
         (FAMILY, {"plugins": ["router"]}, ["no model family is selected", "name a model family in `plugins`"]),
         (FAMILY, {"plugins": ["other"]}, ["model_family is 'fake'", "'other'"]),
         (FAMILY, {"without": ["fake"]}, ["no model family is selected", "do not leave 'fake' out"]),
-        ({"model_family": "router"}, {}, ["no model family is selected", "fake, other"]),
+        ({"model_family": "router"}, {}, ["no installed plugin brings the model family 'router'", "fake, other"]),
         ({"model_famly": "fake"}, {}, ["there is no config key 'model_famly'", "did you mean 'model_family'?"]),
     ],
 )
