@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +25,9 @@ CELL = 208
 GAP, MARGIN, LABEL = 6, 20, 240
 TITLE_SIZE, NAME_SIZE, TEXT_SIZE = 20, 15, 12
 BACKGROUND, BRIGHT, DIM, LINE = (24, 25, 28), (238, 238, 240), (160, 163, 170), (52, 54, 60)
-WIDE_FONTS = (
+FONTS = (
+    "DejaVuSans.ttf",
+    "Arial.ttf",
     "NotoSansCJK-Regular.ttc",
     "SourceHanSans-Regular.ttc",
     "wqy-microhei.ttc",
@@ -31,8 +36,10 @@ WIDE_FONTS = (
     "msyh.ttc",
     "Arial Unicode.ttf",
 )
-"""Fonts with Chinese, where the system has one: Pillow's own font is Latin only."""
-LATIN = 0x250
+"""Tried in turn, where the system has them, for letters that Pillow's own font lacks: it has plain Latin only."""
+UNDRAWABLE = "(see validation.json)"
+ABSENT = "\uffff"
+"""A character that no font has: what is drawn for it is drawn for every letter that is missing."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ def contact_sheet(rows: Sequence[Row], *, title: str, subtitle: str = "") -> Ima
     pictures = [list(_thumbnails(row.frames)) for row in rows]
     heights = [max(each.height for each in row) for row in pictures]
     width = MARGIN + LABEL + max(sum(each.width + GAP for each in row) for row in pictures) + MARGIN - GAP
+    width = max(
+        width, *(2 * MARGIN + _length(text, size) for text, size in ((title, TITLE_SIZE), (subtitle, TEXT_SIZE)))
+    )
     top = MARGIN + TITLE_SIZE + TEXT_SIZE + 3 * GAP
     sheet = Image.new("RGB", (width, top + sum(height + 3 * GAP for height in heights) + MARGIN - 3 * GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
@@ -72,6 +82,7 @@ def contact_sheet(rows: Sequence[Row], *, title: str, subtitle: str = "") -> Ima
         left = MARGIN + LABEL
         for thumbnail in thumbnails:
             sheet.paste(thumbnail, (left, top))
+            draw.rectangle((left - 1, top - 1, left + thumbnail.width, top + thumbnail.height), outline=LINE)
             left += thumbnail.width + GAP
         top += height + 3 * GAP
     return sheet
@@ -88,78 +99,88 @@ def _thumbnails(frames: NDArray[np.uint8]) -> Iterator[Image.Image]:
 
 
 def _heading(draw: ImageDraw.ImageDraw, width: int, title: str, subtitle: str) -> None:
-    draw.text((MARGIN, MARGIN - GAP), title, font=_font(TITLE_SIZE, title), fill=BRIGHT)
-    draw.text((MARGIN, MARGIN + TITLE_SIZE), subtitle, font=_font(TEXT_SIZE, subtitle), fill=DIM)
+    _write(draw, (MARGIN, MARGIN - GAP), title, TITLE_SIZE, BRIGHT)
+    _write(draw, (MARGIN, MARGIN + TITLE_SIZE), subtitle, TEXT_SIZE, DIM)
     bottom = MARGIN + TITLE_SIZE + TEXT_SIZE + GAP
     draw.line((MARGIN, bottom, width - MARGIN, bottom), fill=LINE)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int]
+) -> None:
+    """``text`` where a font has its letters, else a pointer to where it can be read."""
+    font = _font(size, text)
+    draw.text(place, text if font else UNDRAWABLE, font=font or _fonts(size)[0], fill=colour)
 
 
 def _label(draw: ImageDraw.ImageDraw, row: Row, top: int, height: int) -> None:
     """Nickname and as much of the prompt as fits beside the thumbnails."""
     room = LABEL - 2 * GAP
-    name = _fitted(draw, row.name, NAME_SIZE, room)
-    draw.text((MARGIN, top), name, font=_font(NAME_SIZE, name), fill=BRIGHT)
-    if not _drawable(row.text):
-        draw.text((MARGIN, top + NAME_SIZE + GAP), "prompt: see validation.json", font=_font(TEXT_SIZE, ""), fill=DIM)
-        return
-    y, bottom = top + NAME_SIZE + GAP, top + height
-    lines = list(_wrapped(draw, row.text, room))
-    fitting = max(0, (bottom - y) // (TEXT_SIZE + 3))
+    _write(draw, (MARGIN, top), _fitted(row.name, NAME_SIZE, room), NAME_SIZE, BRIGHT)
+    y, step = top + NAME_SIZE + GAP, TEXT_SIZE + 3
+    lines = list(_wrapped(row.text, room))
+    fitting = max(0, (top + height - y) // step)
+    if 0 < fitting < len(lines):
+        lines[fitting - 1] = _fitted(f"{lines[fitting - 1]} …", TEXT_SIZE, room)
     for index, line in enumerate(lines[:fitting]):
-        cut = index == fitting - 1 and len(lines) > fitting
-        draw.text((MARGIN, y), f"{line} …" if cut else line, font=_font(TEXT_SIZE, row.text), fill=DIM)
-        y += TEXT_SIZE + 3
+        _write(draw, (MARGIN, y + index * step), line, TEXT_SIZE, DIM)
 
 
-def _wrapped(draw: ImageDraw.ImageDraw, text: str, room: int) -> Iterator[str]:
-    """``text`` in lines of at most ``room`` pixels; scripts without spaces break between characters."""
+def _wrapped(text: str, room: int) -> Iterator[str]:
+    """``text`` in lines of at most ``room`` pixels; where there are no spaces it breaks between characters."""
     font = _font(TEXT_SIZE, text)
-    words = text.split() if _latin(text) else list(text)
-    joint = " " if _latin(text) else ""
+    if font is None:
+        yield UNDRAWABLE
+        return
     line = ""
-    for word in words:
-        longer = f"{line}{joint}{word}" if line else word
-        if line and draw.textlength(longer, font=font) > room:
-            yield line
-            longer = word
-        line = longer
-    if line:
-        yield line
+    for piece in re.findall(r"[\u2e80-\uffef]|[^\s\u2e80-\uffef]+|\s+", text):
+        if line and font.getlength(line + piece) > room:
+            yield line.rstrip()
+            line = piece.lstrip()
+        else:
+            line += piece
+    if line.strip():
+        yield line.rstrip()
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, size: int, room: int) -> str:
+def _length(text: str, size: int) -> int:
+    """Width of ``text`` in pixels; 0 where no font has its letters."""
+    font = _font(size, text)
+    return 0 if font is None else math.ceil(font.getlength(text))
+
+
+def _fitted(text: str, size: int, room: int) -> str:
     """``text``, shortened with an ellipsis to ``room`` pixels."""
     font = _font(size, text)
-    if draw.textlength(text, font=font) <= room:
+    if font is None or font.getlength(text) <= room:
         return text
-    while text and draw.textlength(f"{text}…", font=font) > room:
+    text = text.removesuffix(" …")
+    while text and font.getlength(f"{text}…") > room:
         text = text[:-1]
     return f"{text}…"
 
 
-def _latin(text: str) -> bool:
-    return all(ord(character) < LATIN or character in "–—‘’“”…•" for character in text)
-
-
-def _drawable(text: str) -> bool:
-    return _latin(text) or _wide_font(TEXT_SIZE) is not None
-
-
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of ``size`` pixels that has the letters of ``text``, where there is one."""
-    from PIL import ImageFont
-
-    wide = None if _latin(text) else _wide_font(size)
-    return ImageFont.load_default(size) if wide is None else wide
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont | None:
+    """The first font of ``size`` pixels that has every letter of ``text``, if any."""
+    return next((font for font in _fonts(size) if _covers(font, text)), None)
 
 
 @cache
-def _wide_font(size: int) -> ImageFont.FreeTypeFont | None:
+def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
     from PIL import ImageFont
 
-    for name in WIDE_FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return None
+    found = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size))
+    # Pillow without FreeType has a bitmap font that cannot be measured this way; its wheels all have it.
+    return tuple(font for font in found if isinstance(font, ImageFont.FreeTypeFont))
+
+
+def _covers(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    missing = _glyph(font, ABSENT)
+    return all(character.isspace() or _glyph(font, character) != missing for character in set(text))
+
+
+def _glyph(font: ImageFont.FreeTypeFont, character: str) -> bytes:
+    return bytes(font.getmask(character))
