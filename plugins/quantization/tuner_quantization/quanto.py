@@ -33,18 +33,23 @@ class QuantoSink:
         self._device, self._dtype = device, dtype
         names = {module: name for name, module in network.module.named_modules()}
         self._layers = {
-            f"{names[block]}.{path}.weight": _replace(block, path, self._qtype)
+            f"{names[block]}.{path}": _replace(block, path, self._qtype)
             for block in network.stack.blocks
             for path in list(_linear_paths(block))
         }
 
     def take(self, module: nn.Module, name: str, tensor: Tensor) -> bool:
-        """Quantise ``tensor`` (out, in) where it is, and keep only the result, on the device."""
-        layer = self._layers.get(name)
+        """Quantise a weight ``tensor`` (out, in) where it is, and keep only the result, on the device."""
+        owner, _, leaf = name.rpartition(".")
+        layer = self._layers.get(owner)
         if layer is None:
             return False
-        quantised = quantise(tensor, self._qtype, device=self._device, dtype=self._dtype)
-        layer._parameters["weight"] = nn.Parameter(quantised, requires_grad=False)
+        if leaf == "weight":
+            kept: Tensor = quantise(tensor, self._qtype, device=self._device, dtype=self._dtype)
+        else:
+            # A bias in another dtype than the product would decide the output's dtype, and backward would fail.
+            kept = torch.empty(tensor.shape, dtype=self._dtype, device=self._device).copy_(tensor)
+        layer._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
         return True
 
 
