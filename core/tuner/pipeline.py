@@ -7,6 +7,7 @@ refused is refused before any weight is read.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from tuner.data.encode import CachedData
     from tuner.data.plan import Plan
     from tuner.data.prepare import Prepared
+    from tuner.data.samples import Sample
     from tuner.manager import Manager
     from tuner.model import Model
     from tuner.run import Run
@@ -70,7 +72,7 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
     return bucket.frames, bucket.height, bucket.width
 
 
-def make_plan(run: Run, samples: object, processes: int) -> Plan:
+def make_plan(run: Run, samples: Sequence[Sample], processes: int) -> Plan:
     """The order of training, a pure function of the samples and the config."""
     from tuner.data.plan import Plan
 
