@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tuner.console import console
+
 log = logging.getLogger("tuner")
 
 QUIET_SECONDS = 2.0
@@ -27,18 +29,18 @@ def progress(description: str, total: int, *, show: bool = True) -> Iterator[Cal
         total: items in all.
         show: False in processes that must stay quiet.
     """
-    console = Console(stderr=True)
+    screen = console()
     if not show or total == 0:
         yield lambda _: None
-    elif console.is_terminal:
-        yield from _bar(console, description, total)
+    elif screen.is_terminal:
+        yield from _bar(screen, description, total)
     else:
         yield from _lines(description, total)
 
 
-def _bar(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(screen: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+    bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=screen)
     task = bar.add_task(description, total=total)
     began = time.monotonic()
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tuner.console import console
+
 LINE_EVERY = 15.0
 """Seconds between plain lines."""
 
@@ -19,7 +21,6 @@ class TrainProgress:
         self.began = self.shown = time.monotonic()
         self._bar = self._task = None
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -37,7 +38,7 @@ class TrainProgress:
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
-                console=Console(stderr=True),
+                console=console(),
             )
             self._task = self._bar.add_task("training", total=total, completed=done, note="")
             self._bar.start()
