@@ -11,6 +11,7 @@ import pytest
 
 import tuner
 from tuner import cli
+from tuner.testing.plugin_env import importable, toy_distribution, write_distribution
 
 HEAVY = ("torch", "diffusers", "transformers", "pydantic", "pluggy", "rich", "numpy")
 
@@ -183,3 +184,30 @@ def test_one_plugin_is_shown_in_full(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "$WAN_FEED_FORWARD_CHUNK_SIZE" in out
     assert call(monkeypatch, "plugins", "show", "thread") == 2
     assert "did you mean 'tread'?" in capsys.readouterr().err
+
+
+def test_an_installed_plugin_that_fails_to_import_is_named_when_selected_and_harmless_otherwise(
+    workplace: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = {"broken_plugin": "import a_package_nobody_has\n"}
+    folder = write_distribution(workplace / "site", "broken-one", {"broken": "broken_plugin:P"}, modules=modules)
+    with importable(folder):
+        assert call(monkeypatch, "check", "--plugins", "wan,broken") == 2
+        out, err = capsys.readouterr()
+        assert "error: plugin 'broken' failed to import: ModuleNotFoundError" in err
+        assert "broken-one 0.1.0" in err
+        assert "plugins:" not in out, "nothing has begun"
+        call(monkeypatch, "check")
+        out, err = capsys.readouterr()
+        assert "note: not considered: plugin 'broken' failed to import" in out
+        assert "no-such-list.json" in err, "the run goes on to the next fault"
+        assert call(monkeypatch, "plugins") == 0
+        assert "  plugin 'broken' failed to import" in capsys.readouterr().out
+
+
+def test_two_families_are_refused_by_name(
+    workplace: Path, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with importable(toy_distribution(workplace / "site")):
+        assert call(monkeypatch, "check", "--plugins", "wan,toy") == 2
+    assert "two model families are selected: 'toy' and 'wan'" in capsys.readouterr().err

@@ -107,6 +107,13 @@ def test_a_value_of_the_wrong_type_names_key_value_and_what_is_allowed(name: str
     assert f"allowed: {allowed}" in text
 
 
+def test_json_that_is_malformed_says_where() -> None:
+    with pytest.raises(TunerError) as caught:
+        build(CoreConfig, {"optimizer_config": '{"weight_decay" 0.1}'})
+    assert "mend the JSON: 1 Unexpected" in str(caught.value)
+    assert "column 17" in str(caught.value)
+
+
 def test_config_models_are_frozen_and_take_no_unknown_key() -> None:
     config = build(CoreConfig, {"seed": 1})
     with pytest.raises(ValueError, match="frozen"):

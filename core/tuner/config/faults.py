@@ -68,8 +68,26 @@ def _fault(model: type[BaseModel], path: tuple[str | int, ...], details: list[An
     if len(details) == 1 and first["type"] in ("value_error", "assertion_error"):
         return ConfigError(f"{name or 'this'} is {value}: {first['msg'].removeprefix('Value error, ')}", where=where)
     choices = _choices(model, path)
-    close = nearest(str(first["input"]), choices)
-    return ConfigError(f"{name} cannot be {value}", where=where, allowed=choices or _field(model, path), nearest=close)
+    return ConfigError(
+        f"{name} cannot be {value}",
+        where=where,
+        allowed=choices or _field(model, path),
+        nearest=nearest(str(first["input"]), choices),
+        remedy=_json_fault(first["input"]),
+    )
+
+
+def _json_fault(value: Any) -> str | None:
+    """Why a text that looks like JSON was not read as such."""
+    if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
+        return None
+    import json5
+
+    try:
+        json5.loads(value)
+    except ValueError as error:
+        return f"mend the JSON: {str(error).removeprefix('<string>:')}"
+    return None
 
 
 def _spelt(path: tuple[str | int, ...]) -> str:
