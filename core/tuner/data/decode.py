@@ -41,7 +41,7 @@ def decode(sample: Sample) -> Tensor:
         raise DataError(f"a clip cannot be decoded after frame {done}: {reason}", where=sample.path) from error
     if done < sample.bucket.frames:
         raise DataError(f"a clip ends after {done} frames where {sample.bucket.frames} are needed", where=sample.path)
-    return pixels.permute(3, 0, 1, 2).to(torch.float32).div_(127.5).sub_(1.0)
+    return pixels.permute(3, 0, 1, 2).contiguous().to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def _frames(sample: Sample) -> Iterator[av.VideoFrame]:

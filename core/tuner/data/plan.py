@@ -14,6 +14,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from tuner import rng
@@ -71,7 +72,8 @@ class Plan:
         }
         self.micro_batches_per_epoch = sum(math.ceil(len(turns) / batch_size) for turns in self._buckets.values())
         self.steps_per_epoch = math.ceil(self.micro_batches_per_epoch / self.per_step)
-        self._cached: tuple[int, list[list[_Turn]]] | None = None
+        # Two epochs: where one ends, the loader's thread is in the next one already.
+        self._epoch = lru_cache(maxsize=2)(self._order)
 
     @property
     def notes(self) -> list[str]:
@@ -80,8 +82,10 @@ class Plan:
         for bucket, turns in self._buckets.items():
             padding = -len(turns) % self.batch_size
             if padding:
-                what = f"{len(turns)} samples in batches of {self.batch_size}"
-                notes.append(f"bucket {bucket}: {what}, {padding} shown once more in every epoch")
+                notes.append(
+                    f"bucket {bucket}: {len(turns)} in batches of {self.batch_size}: "
+                    f"{padding} {'is' if padding == 1 else 'are'} shown once more in every epoch"
+                )
         missing = -self.micro_batches_per_epoch % self.per_step
         if missing:
             notes.append(
@@ -117,18 +121,15 @@ class Plan:
         start = rng.derive_seed(self.seed, f"caption/{turn.sample.sample_id}")
         return captions[(start + epoch * (1 + turn.sample.repeats) + turn.repeat) % len(captions)]
 
-    def _epoch(self, epoch: int) -> list[list[_Turn]]:
-        """All micro-batches of an epoch, in order, filled to whole steps. The last epoch asked for is kept."""
-        if self._cached is None or self._cached[0] != epoch:
-            batches: list[list[_Turn]] = []
-            for bucket, turns in self._buckets.items():
-                order = self._shuffled(turns, f"order/{bucket}", epoch)
-                starts = range(0, len(order), self.batch_size)
-                batches += [[order[(start + i) % len(order)] for i in range(self.batch_size)] for start in starts]
-            batches = self._shuffled(batches, "batches", epoch)
-            slots = self.steps_per_epoch * self.per_step
-            self._cached = (epoch, [batches[slot % len(batches)] for slot in range(slots)])
-        return self._cached[1]
+    def _order(self, epoch: int) -> list[list[_Turn]]:
+        """All micro-batches of an epoch, in order, filled to whole steps."""
+        batches: list[list[_Turn]] = []
+        for bucket, turns in self._buckets.items():
+            order = self._shuffled(turns, f"order/{bucket}", epoch)
+            starts = range(0, len(order), self.batch_size)
+            batches += [[order[(start + i) % len(order)] for i in range(self.batch_size)] for start in starts]
+        batches = self._shuffled(batches, "batches", epoch)
+        return [batches[slot % len(batches)] for slot in range(self.steps_per_epoch * self.per_step)]
 
     def _shuffled(self, items: Sequence[T], purpose: str, epoch: int) -> list[T]:
         order = list(items)

@@ -1,0 +1,167 @@
+"""The list of datasets: users' files pass, and everything wrong in one is said at once, with its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.config.keys import CoreConfig
+from tuner.data.datasets import read_datasets
+from tuner.errors import ConfigError, ConfigErrors, DataError, TunerError
+
+USERS_FILE = """[
+  {
+    "id": "disney-black-and-white",
+    "type": "local",
+    "dataset_type": "video",
+    "crop": false,
+    "resolution": 480,
+    "minimum_image_size": 480,
+    "maximum_image_size": 480,
+    "target_downsample_size": 480,
+    "resolution_type": "pixel_area",
+    "cache_dir_vae": "cache/vae/wan/disney-black-and-white",
+    "instance_data_dir": "datasets/disney-black-and-white",
+    "disabled": false,
+    "caption_strategy": "textfile",
+    "metadata_backend": "discovery",
+    "repeats": 0,
+    "video": {
+        "num_frames": 75,
+        "min_frames": 75
+    }
+  },
+  {
+    "id": "text-embeds",
+    "type": "local",
+    "dataset_type": "text_embeds",
+    "default": true,
+    "cache_dir": "cache/text/wan",
+    "disabled": false,
+    "write_batch_size": 128
+  }
+]
+"""
+VIDEO: dict[str, Any] = {"id": "v", "dataset_type": "video", "instance_data_dir": "clips", "video": {"num_frames": 9}}
+TEXT: dict[str, Any] = {"id": "t", "dataset_type": "text_embeds", "default": True}
+IMAGES: dict[str, Any] = {"id": "disney-conditioning", "type": "local", "dataset_type": "conditioning_image_embeds"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("clips").mkdir()
+
+
+def core(*entries: dict[str, Any], **keys: Any) -> CoreConfig:
+    return CoreConfig(data_backend_config=list(entries), **keys)
+
+
+def message(*entries: dict[str, Any]) -> str:
+    with pytest.raises(TunerError) as caught:
+        read_datasets(core(*entries))
+    return str(caught.value)
+
+
+def test_a_users_file_passes_unchanged() -> None:
+    Path("datasets/disney-black-and-white").mkdir(parents=True)
+    Path("multidatabackend.json").write_text(USERS_FILE)
+    read = read_datasets(CoreConfig(data_backend_config=Path("multidatabackend.json")))
+    (video,) = read.videos
+    assert (video.resolution, video.video.num_frames, video.video.min_frames, video.repeats) == (480, 75, 75, 0)
+    assert video.cache_dir_vae == Path("cache/vae/wan/disney-black-and-white")
+    assert read.text.cache_dir == Path("cache/text/wan")
+
+
+def test_image_to_video_entries_pass() -> None:
+    video = VIDEO | {
+        "conditioning_image_embeds": "disney-conditioning",
+        "cache_dir_conditioning_image_embeds": "cache/conditioning_image_embeds/v",
+    }
+    assert read_datasets(core(video, TEXT, IMAGES)).conditioning[0].id == "disney-conditioning"
+
+
+def test_values_as_people_write_them() -> None:
+    video = VIDEO | {"crop": "true", "resolution": "480", "repeats": 2.0, "video": {"num_frames": "75"}}
+    (read,) = read_datasets(core(video, TEXT)).videos
+    assert (read.crop, read.resolution, read.repeats, read.video.num_frames) == (True, 480, 2, 75)
+
+
+def test_what_an_entry_leaves_out_comes_from_the_core_keys() -> None:
+    read = read_datasets(core(VIDEO, TEXT, resolution=0.25, resolution_type="area", minimum_image_size=0.1))
+    (video,) = read.videos
+    assert (video.resolution, video.resolution_type, video.minimum_image_size) == (0.25, "area", 0.1)
+    assert video.cache_dir_vae == Path("output/cache/vae/v")
+    own = read_datasets(core(VIDEO | {"resolution": 64, "resolution_type": "pixel"}, TEXT, resolution=480)).videos[0]
+    assert (own.resolution, own.resolution_type) == (64, "pixel")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"resolutoin": 480}, ["resolutoin", "did you mean 'resolution'", "entry 1", "'v'"]),
+        ({"video": {"num_frame": 9}}, ["num_frame", "num_frames"]),
+        ({"repeats": "many"}, ["repeats", "many"]),
+        ({"repeats": -1}, ["repeats", "-1"]),
+        ({"caption_strategy": "text"}, ["caption_strategy", "textfile"]),
+        ({"dataset_type": "vidoe"}, ["vidoe", "did you mean 'video'"]),
+        ({"dataset_type": "image"}, ["'image'", "not supported yet"]),
+        ({"type": "aws"}, ["'aws'", "not supported yet"]),
+        ({"probability": 0.5}, ["probability", "not supported yet"]),
+        ({"caption_strategy": "instanceprompt"}, ["instance_prompt"]),
+        ({"conditioning_image_embeds": "nothing"}, ["nothing", "no enabled entry"]),
+        ({"video": {"num_frames": 9, "min_frames": 20, "max_frames": 10}}, ["min_frames 20", "max_frames 10"]),
+        ({"instance_data_dir": "elsewhere"}, ["elsewhere", "does not exist"]),
+        ({"disabled": True}, ["no video dataset is enabled"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_one_clear_error(change: dict[str, Any], words: list[str]) -> None:
+    text = message(VIDEO | change, TEXT)
+    for word in words:
+        assert word in text
+
+
+def test_the_entry_is_named_by_file_place_and_id() -> None:
+    Path("list.json").write_text(json.dumps([TEXT, VIDEO | {"crpo": 1}]))
+    with pytest.raises(ConfigError, match=r"list\.json, entry 2 \(id 'v'\)"):
+        read_datasets(CoreConfig(data_backend_config=Path("list.json")))
+
+
+def test_text_embeds_have_exactly_one_default() -> None:
+    assert "no entry" in message(VIDEO)
+    assert "no entry" in message(VIDEO, TEXT | {"default": False})
+    assert "2 entries (t, u)" in message(VIDEO, TEXT, TEXT | {"id": "u"})
+
+
+def test_an_id_is_used_once() -> None:
+    assert "two entries have the id 'v'" in message(VIDEO, VIDEO | {"disabled": True}, TEXT)
+
+
+def test_all_faults_are_said_at_once() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        read_datasets(core(VIDEO | {"resolutoin": 1}, TEXT | {"defualt": True}))
+    assert len(caught.value.errors) == 2
+
+
+def test_a_disabled_entry_may_be_of_any_kind_and_is_noted() -> None:
+    read = read_datasets(core(VIDEO, TEXT, {"id": "later", "dataset_type": "image", "disabled": "true"}))
+    assert read.notes == ("dataset 'later' is disabled",)
+
+
+def test_a_missing_folder_is_a_data_error() -> None:
+    with pytest.raises(DataError):
+        read_datasets(core(VIDEO | {"instance_data_dir": "elsewhere"}, TEXT))
+
+
+def test_no_list_and_no_file() -> None:
+    with pytest.raises(ConfigError, match="data_backend_config is not set"):
+        read_datasets(CoreConfig())
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_datasets(CoreConfig(data_backend_config=Path("missing.json")))
+    Path("object.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a list"):
+        read_datasets(CoreConfig(data_backend_config=Path("object.json")))
