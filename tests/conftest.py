@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports huggingface_hub, which reads it once.
+import pytest
+from hypothesis import settings
+
+# Set while collecting, before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _setting in ("TRAINER_EXTRA_ARGS", "WAN_FEED_FORWARD_CHUNK_SIZE"):
     os.environ.pop(_setting, None)
-
-import pytest
-from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
