@@ -29,9 +29,11 @@ lint: $(DEV)
 quickstart: $(RUNTIME)
 	$(BIN)/python examples/quickstart/prepare.py
 	$(BIN)/tuner run --plugins wan,tread --config examples/quickstart/config.json
-	@echo
-	@echo "The real Wan 2.1 1.3B, on a GPU, with your clips (and a .txt caption for each) in datasets/clips:"
-	@echo "  $(BIN)/tuner run --plugins wan,tread --config examples/wan-1.3b/config.json"
+	@printf '%s\n' '' \
+	    'The real Wan 2.1 1.3B, on a GPU: put clips, each with its caption beside it (clip.mp4, clip.txt), into' \
+	    'datasets/my-videos, then:' \
+	    '  for each in config multidatabackend user_prompt_library; do cp -n config/$$each.json.example config/$$each.json; done' \
+	    '  $(BIN)/tuner run'
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tuner.builtin import BUILTINS
+
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -94,3 +96,23 @@ def test_readme_names_the_commands(command: str) -> None:
 
 def test_ci_runs_the_readme_command() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_commands_for_the_real_run_are_the_ones_that_quickstart_prints() -> None:
+    readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
+    copies = re.search(r"^for each in (.*); do .*; done$", readme, re.MULTILINE)
+    assert copies
+    assert copies[0] in makefile.replace("$$", "$")
+    assert ".venv/bin/tuner run" in readme
+    assert all((ROOT / "config" / f"{name}.json.example").is_file() for name in copies[1].split())
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_names_every_plugin() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in readme for name in (*PROJECT["project"]["entry-points"]["tuner.plugins"], *BUILTINS))
