@@ -112,6 +112,7 @@ def cache(assembly: Assembly) -> None:
 
 def run(assembly: Assembly) -> None:
     """The whole job. Raises TunerError for whatever a user can mend."""
+    from tuner import transforms
     from tuner.train.engine import Engine
 
     found = survey(assembly)
@@ -123,10 +124,12 @@ def run(assembly: Assembly) -> None:
     with output.lock(found.run.output_dir):
         engine = Engine(found.run)
         model: Model = assembly.manager.hook.load_model(run=found.run)
+        edits = transforms.collect(found.run, model, assembly.manager)
         cached = _encode(assembly, found, model)
+        for network in model.networks.values():
+            transforms.prepare(found.run, network, edits)
         saved = _train(assembly, found, engine, model, cached, resume)
-    if saved is not None:
-        output.show_result(found, saved)
+    output.show_result(found, saved)
 
 
 def _encode(assembly: Assembly, found: Survey, model: Model) -> CachedData:
@@ -147,17 +150,13 @@ def _train(
     model: Model,
     cached: CachedData,
     resume: tuple[Path, dict[str, object], list[str]] | None,
-) -> Path | None:
-    """Give the networks their weights and edits, take back a checkpoint, and train."""
-    from tuner import transforms
+) -> Path:
+    """Take back a checkpoint, if there is one, and train to the end."""
     from tuner.data.loader import Loader
     from tuner.train.loop import train
     from tuner.train.session import Session
 
     run = found.run
-    edits = transforms.collect(run, model, assembly.manager)
-    for network in model.networks.values():
-        transforms.prepare(run, network, edits)
     plan = found.plan if cached.samples == found.prepared.samples else make_plan(run, cached.samples, run.process_count)
     loader = Loader(
         cached,

@@ -19,14 +19,25 @@ if TYPE_CHECKING:
 
 
 def collect(run: Run, model: Model, manager: Manager) -> list[Transform]:
-    """Every loaded plugin's transforms, the quantiser's included, in the order of application."""
+    """Every loaded plugin's transforms, the quantiser's included, in the order of application.
+
+    Raises PluginError where two claim one thing, ConfigError where a network would have nothing to train:
+    both before any weight is read.
+    """
     found = [
         transform for _, answer in manager.collect("model_transforms", run=run, model=model) for transform in answer
     ]
     quantiser = _quantiser(run, manager)
     if quantiser is not None:
         found.append(quantiser)
+    for network in model.networks.values():
+        _check(run, network, of(network, found))
     return sorted(found, key=lambda transform: (transform.stage, transform.name))
+
+
+def of(network: Network, transforms: Sequence[Transform]) -> list[Transform]:
+    """Those of ``transforms`` that apply to ``network``."""
+    return [each for each in transforms if each.networks is None or network.name in each.networks]
 
 
 def _quantiser(run: Run, manager: Manager) -> Transform | None:
@@ -44,27 +55,7 @@ def _quantiser(run: Run, manager: Manager) -> Transform | None:
     )
 
 
-def prepare(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
-    """Materialise ``network`` and apply ``transforms`` to it. Raises PluginError where two claim one thing."""
-    mine = [each for each in transforms if each.networks is None or network.name in each.networks]
-    _check_claims(network, mine)
-    sinks = [each.sink(network) for each in mine if each.sink is not None]
-    materialise(network, device=run.device, sinks=sinks)
-    for transform in mine:
-        # What a transform draws (adapter initialisation) must not depend on what ran before it.
-        rng.seed_global(run.config.seed, f"transform.{transform.name}.{network.name}")
-        adapter = transform.apply(network)
-        if adapter is not None:
-            network.adapter = adapter
-        run.log.debug("%s: %s applied to %s", transform.stage.name, transform.name, network.name)
-    if network.adapter is None:
-        raise ConfigError(
-            f"no loaded plugin trains network {network.name!r} with model_type {run.config.model_type!r}",
-            remedy="load the plugin that does (lora and full are built in; did --without leave it out?)",
-        )
-
-
-def _check_claims(network: Network, transforms: Sequence[Transform]) -> None:
+def _check(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
     owner: dict[str, str] = {}
     for transform in transforms:
         for claim in sorted(transform.claims):
@@ -75,3 +66,25 @@ def _check_claims(network: Network, transforms: Sequence[Transform]) -> None:
                     remedy="unload one of them with --without",
                 )
             owner[claim] = transform.name
+    if not any(transform.stage is Stage.ADAPT for transform in transforms):
+        config = run.config
+        raise ConfigError(
+            f"no loaded plugin trains network {network.name!r} with model_type {config.model_type!r} "
+            f"and lora_type {config.lora_type!r}",
+            allowed="model_type lora with lora_type standard, or model_type full (the built-in plugins lora and full)",
+            remedy="load a plugin that does, or change the two keys",
+        )
+
+
+def prepare(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
+    """Materialise ``network`` and apply those of ``transforms`` that are for it, in the order given."""
+    mine = of(network, transforms)
+    sinks = [each.sink(network) for each in mine if each.sink is not None]
+    materialise(network, device=run.device, sinks=sinks)
+    for transform in mine:
+        # What a transform draws (adapter initialisation) must not depend on what ran before it.
+        rng.seed_global(run.config.seed, f"transform.{transform.name}.{network.name}")
+        adapter = transform.apply(network)
+        if adapter is not None:
+            network.adapter = adapter
+        run.log.debug("%s: %s applied to %s", transform.stage.name, transform.name, network.name)

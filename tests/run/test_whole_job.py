@@ -137,6 +137,8 @@ def test_a_second_start_reads_the_cache_and_loads_no_encoder(job, monkeypatch):
         ({"tread_config": {"routes": [{**ROUTES["routes"][0], "end_layer_idx": 9}]}}, ConfigError, ["routes[0]", "9"]),
         ({"resume_from_checkpoint": "/nowhere"}, CheckpointError, ["/nowhere"]),
         ({"lora_target_modules": ["to_qq"]}, ConfigError, ["to_qq", "to_q"]),
+        ({"lora_type": "lycoris"}, ConfigError, ["lycoris", "standard"]),
+        ({"without": ["lora"], "lora_rank": 8}, ConfigError, ["model_type", "lora"]),
     ],
 )
 def test_bad_input_is_one_error_before_any_weight_is_read(job, keys, error, words, monkeypatch):
@@ -145,8 +147,7 @@ def test_bad_input_is_one_error_before_any_weight_is_read(job, keys, error, word
     def refuse(*_):
         raise AssertionError("weights were read")
 
-    if "lora_target_modules" not in keys:
-        monkeypatch.setattr(model, "read_weights", refuse)
+    monkeypatch.setattr(model, "read_weights", refuse)
     with pytest.raises(error) as caught:
         job.run("bad", **keys)
     assert all(word in str(caught.value) for word in words)

@@ -126,22 +126,25 @@ def edit(stage: Stage, name: str, order: list[str], claims=()) -> Transform:
 def test_stages_decide_the_order_not_the_plugins():
     order: list[str] = []
     edits = [edit(Stage.PLACE, "a", order), edit(Stage.ADAPT, "z", order), edit(Stage.REWRITE, "m", order)]
-    manager = SimpleNamespace(collect=lambda hook, **_: [("p", edits)], registry=lambda hook, run: {})
-    transforms.prepare(run(), network(), transforms.collect(run(), None, manager))
+    transforms.prepare(run(), network(), collect(edits))
     assert order == ["z", "m", "a"]
 
 
+def collect(edits: list[Transform]) -> list[Transform]:
+    model = SimpleNamespace(networks={"net": network()})
+    manager = SimpleNamespace(collect=lambda hook, **_: [("p", edits)], registry=lambda hook, run: {})
+    return transforms.collect(run(), model, manager)
+
+
 def test_two_claims_on_one_thing_name_both():
-    order: list[str] = []
-    edits = [edit(Stage.ADAPT, "lora", order, ["adapter"]), edit(Stage.ADAPT, "lycoris", order, ["adapter"])]
+    edits = [edit(Stage.ADAPT, "lora", [], ["adapter"]), edit(Stage.ADAPT, "lycoris", [], ["adapter"])]
     with pytest.raises(PluginError, match=r"'lora' and 'lycoris'.*adapter"):
-        transforms.prepare(run(), network(), edits)
-    assert order == []
+        collect(edits)
 
 
 def test_a_network_that_nothing_trains_is_refused():
     with pytest.raises(ConfigError, match="model_type 'lora'"):
-        transforms.prepare(run(), network(), [])
+        collect([edit(Stage.PLACE, "offload", [])])
 
 
 def test_what_a_transform_draws_does_not_depend_on_others():

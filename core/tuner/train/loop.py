@@ -17,7 +17,7 @@ from tuner.train.step import StepResult, train_step
 from tuner.validate.stage import validate
 
 
-def train(session: Session) -> Path | None:
+def train(session: Session) -> Path:
     """Train to the last step. Returns the folder of the last checkpoint.
 
     Raises Stopped, with everything saved, when SIGINT or SIGTERM asked for it.
@@ -47,6 +47,7 @@ def train(session: Session) -> Path | None:
     if run.step < session.total:
         raise _stopped(session, interrupt, saved)
     session.manager.hook.on_train_end(run=run, model=session.model)
+    assert saved is not None  # the last step always saves
     return saved
 
 
