@@ -76,12 +76,13 @@ def _judge(
     kept: list[tuple[Path, VideoFacts]] = []
     dropped: list[Dropped] = []
     for each in probed:
+        path = dataset.instance_data_dir / each.name
         if each.facts is None:
-            dropped.append(Dropped(dataset.id, each.path, "cannot be decoded", each.reason))
+            dropped.append(Dropped(dataset.id, path, "cannot be decoded", each.reason))
         elif fault := _fault(dataset, each.facts, spec):
-            dropped.append(Dropped(dataset.id, each.path, *fault))
+            dropped.append(Dropped(dataset.id, path, *fault))
         else:
-            kept.append((each.path, each.facts))
+            kept.append((path, each.facts))
     return kept, dropped
 
 

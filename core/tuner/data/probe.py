@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tuner.data.probe_file import VideoFacts, probe_file
 from tuner.data.progress import log, progress
@@ -51,21 +51,21 @@ _COLUMNS = "path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, reason TEXT, 
 height INTEGER, frames INTEGER, fps REAL, duration REAL"
 
 
-@dataclass(frozen=True)
-class Found:
-    """A file in a dataset's folder."""
+class Found(NamedTuple):
+    """A file in a dataset's folder, and what it is known by: while all three are the same, so is its content."""
 
-    path: Path
+    path: str
+    """absolute; text and not a Path, because there may be a hundred thousand of them"""
     size: int
     """bytes"""
     mtime_ns: int
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(NamedTuple):
     """A file and what is in it: facts, or the reason why there are none."""
 
-    path: Path
+    name: str
+    """the path inside the dataset's folder"""
     facts: VideoFacts | None
     reason: str = ""
 
@@ -73,10 +73,11 @@ class Probed:
 def scan(folder: Path) -> list[Found]:
     """Every video file under ``folder`` (by suffix, hidden files and folders left out), sorted by path."""
     found: list[Found] = []
-    pending, seen = [folder], set()
+    # Not resolve(): the names of people's files are kept, where they are links too.
+    pending, seen = [os.path.abspath(folder)], set()  # noqa: PTH100
     while pending:
         here = pending.pop()
-        status = here.stat()
+        status = os.stat(here)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in seen:
             continue  # a link that leads back
         seen.add((status.st_dev, status.st_ino))
@@ -86,11 +87,11 @@ def scan(folder: Path) -> list[Found]:
                     continue
                 with suppress(FileNotFoundError):  # a link to nowhere
                     if entry.is_dir():
-                        pending.append(Path(entry.path))
+                        pending.append(entry.path)
                     elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:  # noqa: PTH122
                         status = entry.stat()
-                        found.append(Found(Path(entry.path), status.st_size, status.st_mtime_ns))
-    return sorted(found, key=lambda each: each.path)
+                        found.append(Found(entry.path, status.st_size, status.st_mtime_ns))
+    return sorted(found)
 
 
 def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool = True) -> list[Probed]:
@@ -105,10 +106,10 @@ def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool 
     try:
         with closing(_open(index / INDEX_NAME)) as connection:
             known = _known(connection)
-            new = [each for each in found if _stamp(each) not in known]
+            new = [each for each in found if each not in known]
             with progress(f"probing {folder.name}", len(new), show=show_progress) as advance:
                 for batch in _batched(_probe_all(new, processes, advance), WRITE_EVERY):
-                    known |= {_stamp(each): result for each, result in batch}
+                    known.update(batch)
                     _record(connection, batch)
     except (sqlite3.Error, OSError) as error:
         raise DataError(
@@ -116,16 +117,9 @@ def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool 
             where=index / INDEX_NAME,
             remedy="free the disk or choose another cache_dir_vae",
         ) from error
-    results = ((each.path, known[_stamp(each)]) for each in found)
-    return [Probed(path, None, result) if isinstance(result, str) else Probed(path, result) for path, result in results]
-
-
-Stamp = tuple[str, int, int]
-
-
-def _stamp(found: Found) -> Stamp:
-    """What a file is known by: its absolute path, size and time of change."""
-    return (os.path.abspath(found.path), found.size, found.mtime_ns)  # noqa: PTH100 - resolve() would follow links
+    start = len(os.path.abspath(folder)) + 1  # noqa: PTH100
+    results = ((each.path[start:], known[each]) for each in found)
+    return [Probed(name, None, result) if isinstance(result, str) else Probed(name, result) for name, result in results]
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -156,15 +150,14 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _known(connection: sqlite3.Connection) -> dict[Stamp, VideoFacts | str]:
+def _known(connection: sqlite3.Connection) -> dict[Found, VideoFacts | str]:
     rows = connection.execute("SELECT * FROM files")
-    return {(row[0], row[1], row[2]): VideoFacts(*row[4:]) if row[3] is None else row[3] for row in rows}
+    return {Found(*row[:3]): VideoFacts(*row[4:]) if row[3] is None else row[3] for row in rows}
 
 
 def _record(connection: sqlite3.Connection, batch: Iterable[tuple[Found, VideoFacts | str]]) -> None:
     rows = [
-        (*_stamp(found), result, *[None] * 6) if isinstance(result, str) else (*_stamp(found), None, *astuple(result))
-        for found, result in batch
+        (*found, result, *[None] * 6) if isinstance(result, str) else (*found, None, *result) for found, result in batch
     ]
     with connection:
         connection.executemany(f"INSERT OR REPLACE INTO files VALUES ({', '.join('?' * 10)})", rows)
@@ -174,8 +167,8 @@ def _probe_all(
     new: Sequence[Found], processes: int, advance: Callable[[int], None]
 ) -> Iterator[tuple[Found, VideoFacts | str]]:
     """Probe each file, in other processes where that pays."""
-    paths = [each.path for each in new]
-    workers = min(processes or len(os.sched_getaffinity(0)), len(paths))
+    paths = [Path(each.path) for each in new]
+    workers = min(processes or os.cpu_count() or 1, len(paths))
     if len(paths) <= FEW or workers == 1:
         yield from _counted(new, map(probe_file, paths), advance)
         return

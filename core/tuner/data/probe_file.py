@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 from av.container import InputContainer
@@ -16,8 +16,7 @@ HIDDEN_FRAMES = frozenset({"vp8", "vp9", "av1"})
 """Codecs with packets that show nothing: their frames are counted by decoding, not by packets."""
 
 
-@dataclass(frozen=True)
-class VideoFacts:
+class VideoFacts(NamedTuple):
     """What a file says about itself when it is opened; sizes are as displayed."""
 
     sha256: str
