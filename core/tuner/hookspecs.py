@@ -101,6 +101,40 @@ class HookSpecs:
         """
 
     @hookspec
+    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
+        """Declare edits of the model: adapters, rewrites, placement.
+
+        Called: all, after ``load_model`` and before anything is encoded; the core sorts them by stage, refuses two
+        claims on one thing, and applies them when the weights are read.
+        Arguments: ``run``; ``model``, not yet materialised.
+        Returns: Transforms.
+
+        Example::
+
+            @hookimpl
+            def model_transforms(self, run, model):
+                from tuner_chunked_ff.chunk import transform
+                return [transform(self.config)]
+        """
+
+    @hookspec
+    def quantizers(self, run: Run) -> Mapping[str, Any]:
+        """Offer quantisation backends.
+
+        Called: all, once, before anything is encoded, when ``base_model_precision`` names a backend.
+        Arguments: ``run``.
+        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
+        network's modules and takes each tensor as it is read. A value offered twice is an error.
+
+        Example::
+
+            @hookimpl
+            def quantizers(self, run):
+                from tuner_quantization.quanto import Int8Sink
+                return {"int8-quanto": Int8Sink}
+        """
+
+    @hookspec
     def extra_captions(self, run: Run) -> Iterable[str]:
         """Name captions to encode beside the datasets' own, such as validation prompts.
 
@@ -129,40 +163,6 @@ class HookSpecs:
             def encode_batch(self, run, model, batch):
                 with model.use("vae") as (vae,):
                     return [{"latents": latents} for latents in encode(vae, batch.pixels)]
-        """
-
-    @hookspec
-    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
-        """Declare edits of the model: adapters, rewrites, placement.
-
-        Called: all, once the cache is built; the core sorts them by stage, refuses two claims on one thing, and
-        applies them.
-        Arguments: ``run``; ``model``, not yet materialised.
-        Returns: Transforms.
-
-        Example::
-
-            @hookimpl
-            def model_transforms(self, run, model):
-                from tuner_chunked_ff.chunk import transform
-                return [transform(self.config)]
-        """
-
-    @hookspec
-    def quantizers(self, run: Run) -> Mapping[str, Any]:
-        """Offer quantisation backends.
-
-        Called: all, once, before the weights are read, when ``base_model_precision`` names a backend.
-        Arguments: ``run``.
-        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
-        network's modules and takes each tensor as it is read. A value offered twice is an error.
-
-        Example::
-
-            @hookimpl
-            def quantizers(self, run):
-                from tuner_quantization.quanto import Int8Sink
-                return {"int8-quanto": Int8Sink}
         """
 
     @hookspec

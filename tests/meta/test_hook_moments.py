@@ -43,13 +43,13 @@ class Scribe(Plugin[PluginConfig]):
 
     @hookimpl
     def model_transforms(self, run, model):
-        meta = all(each.is_meta for each in model.network.module.parameters())
-        self.note("model_transforms", run, meta=meta, words=len(run.text_cache("a caption of the scribe")["states"]))
+        self.note("model_transforms", run, meta=all(each.is_meta for each in model.network.module.parameters()))
         return []
 
     @hookimpl
     def on_train_start(self, run, model):
-        self.note("on_train_start", run, adapter=model.network.adapter.kind)
+        words = len(run.text_cache("a caption of the scribe")["states"])
+        self.note("on_train_start", run, adapter=model.network.adapter.kind, words=words)
 
     @hookimpl(wrapper=True)
     def compute_loss(self, run, model, batch):
@@ -175,8 +175,8 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     assert before[: start + 1] == [
         "configure",
         "check_model",
-        "extra_captions",
         "model_transforms",
+        "extra_captions",
         "on_train_start",
     ]
     step = ["route_tokens", "compute_loss"] * 2
@@ -193,8 +193,8 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
 def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     assert facts(calls, "configure") == [{"spec": None}]
     assert facts(calls, "check_model") == [{"blocks": 4}]
-    assert facts(calls, "model_transforms") == [{"meta": True, "words": 6}]
-    assert facts(calls, "on_train_start") == [{"adapter": "lora"}]
+    assert facts(calls, "model_transforms") == [{"meta": True}]
+    assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]
     assert all(each == {"training": False, "gradients": False} for each in facts(calls, "validate"))
 
 
