@@ -51,5 +51,6 @@ $(BIN)/python:
 	        exec $$python -m venv $(VENV); \
 	    fi; \
 	done; \
-	echo "tuner needs Python 3.11, 3.12 or 3.13 and found none: install one, or name it with PYTHON=/path/to/python3.12" >&2; \
+	echo "tuner needs Python 3.11, 3.12 or 3.13, and $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1):" \
+	    "install one, or name it with PYTHON=/path/to/python3.12" >&2; \
 	exit 1
