@@ -49,7 +49,7 @@ def materialise(network: Network, *, device: torch.device, sinks: Sequence[Sink]
         raise ModelError(
             f"the weights of network {network.name!r} lack {len(missing)} of {len(expected)} tensors",
             where=", ".join(missing[:SHOWN]) + (" …" if len(missing) > SHOWN else ""),
-            remedy="the file is incomplete or belongs to another model: fetch it again, or check the base model's paths",
+            remedy="the file is incomplete or another model's: fetch it again, or check the base model's paths",
         )
     for owner, name, buffer in _buffers(module):
         owner._buffers[name] = buffer.to(device)

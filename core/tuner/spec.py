@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ class ModelSpec:
     def network(self, name: str) -> NetworkSpec:
         """The network called ``name``; KeyError when there is none."""
         return next(network for network in self.networks if network.name == name)
+
+    @property
+    def public_base(self) -> str:
+        """The base as files for others name it: a hub repository as it is, of a folder only its name."""
+        base = self.base
+        is_repository = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+        return base if is_repository else Path(base).name
 
     def original_name(self, module: str) -> str:
         """A module's name in the model's original code, e.g. ``blocks.0.self_attn.q`` for ``blocks.0.attn1.to_q``."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_model
 from torch import nn
 
 from tuner.builtin.full import FullPlugin
-from tuner.builtin.full_adapter import attach, export
+from tuner.builtin.full.adapter import attach, export
 from tuner.errors import CheckpointError, ConfigError
 from tuner.plugin import PluginConfig
 

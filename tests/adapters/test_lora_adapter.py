@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tuner import rng
-from tuner.builtin.lora_adapter import LoraSettings, attach, check_targets
+from tuner.builtin.lora.adapter import LoraSettings, attach, check_targets
 from tuner.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tuner import lora_files, rng
+from tuner import rng
 from tuner.builtin.lora import LoraConfig, LoraPlugin
+from tuner.builtin.lora import files as lora_files
 from tuner.errors import CheckpointError, ConfigError
 from tuner.model import Stage
 
@@ -123,12 +125,12 @@ def test_metadata_says_what_it_is_and_nothing_of_the_machine(trained, tmp_path):
     assert "/" not in "".join(value for name, value in metadata.items() if name != "modelspec.architecture")
 
 
-def test_a_repository_is_named_in_full(tmp_path, monkeypatch):
+def test_a_repository_is_named_in_full(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
-    assert lora_files.public_name("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert lora_files.public_name("/home/someone/models/mine") == "mine"
+    public = {base: replace(spec, base=base).public_base for base in ("Wan-AI/Wan", "/home/someone/models/mine")}
+    assert public == {"Wan-AI/Wan": "Wan-AI/Wan", "/home/someone/models/mine": "mine"}
     (tmp_path / "models" / "mine").mkdir(parents=True)
-    assert lora_files.public_name("models/mine") == "mine"
+    assert replace(spec, base="models/mine").public_base == "mine"
 
 
 def test_the_same_training_gives_the_same_bytes(trained, tmp_path):

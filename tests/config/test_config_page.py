@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tuner.config import table
 from tuner.config.keys import CoreConfig
+from tuner.testing import config_page as table
 
 PAGE = Path(__file__).parents[2] / "docs/config.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == table.page(), "run `python -m tuner.config.table > docs/config.md`"
+    assert PAGE.read_text() == table.page(), "run `python -m tuner.testing.config_page > docs/config.md`"
 
 
 def test_every_core_key_has_exactly_one_row_that_says_what_it_means() -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from tuner.builtin.sampling import SamplingPlugin
+from tuner.builtin.sampling.settings import parse_resolution, settings_for
 from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError
 from tuner.materialise import materialise
@@ -21,7 +22,6 @@ from tuner.run import Run
 from tuner.testing.toy import build_toy
 from tuner.testing.toy.describe import describe
 from tuner.testing.toy.model import encode, load
-from tuner.validate.settings import parse_resolution, settings_for
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -236,7 +236,7 @@ def test_a_diverged_model_is_said_and_the_rest_is_rendered(make_run, plugin, lib
 def test_steps_done_are_counted_over_all_prompts(make_run, plugin, library, monkeypatch):
     from contextlib import contextmanager
 
-    from tuner.validate import render
+    from tuner.builtin.sampling import render
 
     seen = []
 

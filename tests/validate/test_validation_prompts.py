@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from tuner.builtin.sampling.prompts import placeholders, slug, validation_prompts
 from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError
-from tuner.validate.prompts import placeholders, slug, validation_prompts
 
 
 @pytest.fixture

@@ -151,18 +151,12 @@ def model_facts(spec: ModelSpec, network: NetworkSpec) -> dict[str, Any]:
     """What metadata says of the model: nothing of the folders of the machine it was trained on."""
     low, high = network.sigma_range
     return {
-        "base_model": public_name(spec.base),
+        "base_model": spec.public_base,
         "family": spec.family,
         "flavour": spec.flavour,
         "network": network.name,
         "sigma_range": f"{low}-{high}",
     }
-
-
-def public_name(base: str) -> str:
-    """A hub repository as it is; of a folder only its name."""
-    is_repository = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
-    return base if is_repository else Path(base).name
 
 
 def _metadata(adapter: Adapter, layout: str, facts: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Make ``docs/config.md`` from the models: ``python -m tuner.config.table > docs/config.md``."""
+"""Make ``docs/config.md`` from the models: ``python -m tuner.testing.config_page > docs/config.md``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tuner.selection import DISTRIBUTION, Catalog
 
 _HEAD = """# Every config key
 
-Made by `python -m tuner.config.table > docs/config.md`; do not edit it by hand.
+Made by `python -m tuner.testing.config_page > docs/config.md`; do not edit it by hand.
 
 A config is one flat object of keys: JSON (comments and trailing commas are fine), TOML or YAML. Every key
 is also a flag, `--key value` or `--key=value`, and a bare `--key` means true; a list is written as `1,2` or

@@ -45,7 +45,7 @@ class FullPlugin(Plugin[PluginConfig]):
         """Make every floating-point parameter trainable."""
         if not self.is_active(run.config):
             return []
-        from tuner.builtin.full_adapter import attach
+        from tuner.builtin.full.adapter import attach
         from tuner.model import Stage, Transform
 
         return [
@@ -57,6 +57,6 @@ class FullPlugin(Plugin[PluginConfig]):
         """Write each network's weights in the layout that ``from_pretrained`` reads."""
         if not (self.is_active(run.config) and run.is_main):
             return []
-        from tuner.builtin.full_adapter import export
+        from tuner.builtin.full.adapter import export
 
         return [path for network in model.networks.values() for path in export(network, directory / network.name)]

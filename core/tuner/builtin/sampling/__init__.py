@@ -9,10 +9,10 @@ from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
+    from tuner.builtin.sampling.prompts import Prompt
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
-    from tuner.validate.prompts import Prompt
     from tuner.validate.results import Validation
 
 
@@ -27,8 +27,8 @@ class SamplingPlugin(Plugin[PluginConfig]):
     @hookimpl
     def configure(self, run: Run) -> None:
         """Read the prompts and the size, so that a mistake in them ends the run before any weight is read."""
-        from tuner.validate.prompts import placeholders
-        from tuner.validate.settings import parse_resolution
+        from tuner.builtin.sampling.prompts import placeholders
+        from tuner.builtin.sampling.settings import parse_resolution
 
         if run.config.validation_resolution is not None:
             parse_resolution(run.config.validation_resolution)
@@ -43,7 +43,7 @@ class SamplingPlugin(Plugin[PluginConfig]):
     @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:
         """Say which wishes the model does not allow exactly."""
-        from tuner.validate.settings import settings_for
+        from tuner.builtin.sampling.settings import settings_for
 
         if self._all(run):
             for note in settings_for(run, spec)[1]:
@@ -52,7 +52,7 @@ class SamplingPlugin(Plugin[PluginConfig]):
     @hookimpl
     def extra_captions(self, run: Run) -> Iterable[str]:
         """The prompts, and the negative prompt of them all."""
-        from tuner.validate.settings import chosen
+        from tuner.builtin.sampling.settings import chosen
 
         prompts = self._all(run)
         if not prompts:
@@ -66,9 +66,9 @@ class SamplingPlugin(Plugin[PluginConfig]):
         prompts = self._all(run)
         if not prompts:
             return None
-        from tuner.validate.render import render
+        from tuner.builtin.sampling.render import render
+        from tuner.builtin.sampling.settings import settings_for
         from tuner.validate.results import Validation
-        from tuner.validate.settings import settings_for
 
         settings, notes = settings_for(run, model.spec)
         for note in notes:
@@ -77,7 +77,7 @@ class SamplingPlugin(Plugin[PluginConfig]):
 
     def _all(self, run: Run) -> tuple[Prompt, ...]:
         """The prompts, read once: a library edited while training does not change the run."""
-        from tuner.validate.prompts import validation_prompts
+        from tuner.builtin.sampling.prompts import validation_prompts
 
         if self._prompts is None:
             self._prompts = validation_prompts(run.config)

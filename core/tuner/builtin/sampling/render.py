@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from tuner import __version__
+from tuner.builtin.sampling.prompts import Prompt
+from tuner.builtin.sampling.settings import Settings
+from tuner.builtin.sampling.sheet import Row, write_contact_sheet
 from tuner.data.progress import progress
 from tuner.files import atomic_write_text
-from tuner.lora_files import public_name
 from tuner.model import Model
 from tuner.validate.media import poster, write_mp4, write_png
-from tuner.validate.prompts import Prompt
-from tuner.validate.settings import Settings
-from tuner.validate.sheet import Row, write_contact_sheet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +161,7 @@ def _write_record(
         "model": {
             "family": model.spec.family,
             "flavour": model.spec.flavour,
-            "base": public_name(model.spec.base),
+            "base": model.spec.public_base,
             "network": model.active,
         },
         "settings": settings.record(),

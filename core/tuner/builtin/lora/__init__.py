@@ -76,7 +76,7 @@ class LoraPlugin(Plugin[LoraConfig]):
         """Attach LoRA to every network. A target that matches nothing is refused here, before weights are read."""
         if not self.is_active(run.config):
             return []
-        from tuner.builtin.lora_adapter import check_targets
+        from tuner.builtin.lora.adapter import check_targets
         from tuner.model import Stage, Transform
 
         for network in model.networks.values():
@@ -94,8 +94,8 @@ class LoraPlugin(Plugin[LoraConfig]):
         return tuple(self.config.lora_target_modules or model.spec.adapter_targets)
 
     def _attach(self, run: Run, network: Network, targets: tuple[str, ...]) -> Adapter:
-        from tuner import lora_files
-        from tuner.builtin.lora_adapter import LoraSettings, attach
+        from tuner.builtin.lora import files as lora_files
+        from tuner.builtin.lora.adapter import LoraSettings, attach
 
         self._shapes[network.name] = lora_files.weight_shapes(network.module)
         return attach(network, LoraSettings.of(self.config, self.alpha, targets), run.device)
@@ -105,7 +105,7 @@ class LoraPlugin(Plugin[LoraConfig]):
         """Write one LoRA file for each network, its keys checked against the network's modules."""
         if not self.is_active(run.config):
             return []
-        from tuner import lora_files
+        from tuner.builtin.lora import files as lora_files
 
         written = []
         for index, network in enumerate(model.networks.values()):
