@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 
 from tuner.config.keys import CoreConfig
 from tuner.data.datasets import read_datasets
+from tuner.data.prepare import prepare
+from tuner.data.report import lines
+from tuner.data.samples import Bucket
 from tuner.errors import ConfigError, ConfigErrors, DataError, TunerError
+from tuner.spec import ModelSpec
 
 USERS_FILE = """[
   {
@@ -74,6 +81,29 @@ def test_a_users_file_passes_unchanged() -> None:
     assert (video.resolution, video.video.num_frames, video.video.min_frames, video.repeats) == (480, 75, 75, 0)
     assert video.cache_dir_vae == Path("cache/vae/wan/disney-black-and-white")
     assert read.text.cache_dir == Path("cache/text/wan")
+
+
+def test_a_users_file_with_real_clips_gives_samples(spec: ModelSpec) -> None:
+    folder = Path("datasets/disney-black-and-white")
+    folder.mkdir(parents=True)
+    for name, frames, width in [("long enough", 76, 640), ("too short", 74, 640), ("too small", 75, 320)]:
+        (folder / f"{name}.txt").write_text("a mouse whistles\n")
+        with av.open(str(folder / f"{name}.mp4"), "w") as container:
+            video = container.add_stream("mpeg4", rate=16)
+            video.width, video.height, video.pix_fmt = width, 480, "yuv420p"
+            frame = av.VideoFrame.from_ndarray(np.zeros((480, width, 3), np.uint8), "rgb24")
+            for index in range(frames):
+                frame.pts = index
+                container.mux(video.encode(frame))
+            container.mux(video.encode())
+    Path("multidatabackend.json").write_text(USERS_FILE)
+    prepared = prepare(CoreConfig(data_backend_config=Path("multidatabackend.json")), replace(spec, size_multiple=16))
+    (sample,) = prepared.samples
+    assert sample.bucket == Bucket(73, 416, 560)
+    assert prepared.report.datasets[0].reasons == {"too short": 1, "too small": 1}
+    said = "\n".join(lines(prepared.report))
+    assert "num_frames 75 becomes 73" in said
+    assert "do nothing without `crop: true`" in said
 
 
 def test_image_to_video_entries_pass() -> None:

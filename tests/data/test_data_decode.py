@@ -140,3 +140,13 @@ def test_a_clip_that_became_unreadable_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"overwritten")
     with pytest.raises(DataError, match=r"cannot be decoded after frame 0(.|\n)*gone\.mp4"):
         decode(sample)
+
+
+def test_pixels_of_a_stored_clip_stay_what_they_are() -> None:
+    """Golden: when this fails, `tuner.data.encode.ENCODING` must be raised, or old cache entries are read as new."""
+    pixels = decode(sample_of(Path(__file__).parent / "golden_clip.mp4", Bucket(5, 48, 64)))
+    halves = torch.nn.functional.adaptive_avg_pool3d(pixels, (2, 2, 2)).flatten()
+    red = [0.7176, 0.7175, 0.3417, 0.3546, 0.6326, 0.6466, 0.3795, 0.386]
+    green = [0.0475, 0.0494, -0.2079, -0.1959, -0.0267, -0.0129, -0.1646, -0.1595]
+    blue = [-0.6586, -0.6659, -0.4921, -0.5451, -0.4967, -0.54, -0.6444, -0.6672]
+    assert torch.allclose(halves, torch.tensor(red + green + blue), atol=2e-3)

@@ -121,6 +121,8 @@ def build_cache(
         failures = encoder.clips(prepared.samples, video_keys, {id_: Store(root) for id_, root in video_roots.items()})
     failures, encoded, rebuilt = _everywhere(failures, tally)
     samples = tuple(sample for sample in prepared.samples if sample.sample_id not in failures)
+    counts = f"{encoded} entries encoded, {rebuilt} of them because they were damaged, {len(failures)} clips failed"
+    run.log.info("cache: %s", counts)
     if not samples:
         reasons = "; ".join(f"{Path(name).name}: {reason}" for name, reason in list(failures.items())[:3])
         raise DataError(f"not one of {len(prepared.samples)} clips could be encoded ({reasons})")
