@@ -19,10 +19,13 @@ from tuner.train.log import NAME as LOG_NAME
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
+    from tuner.data.report import DataReport
     from tuner.pipeline import Survey
     from tuner.run import Run
 
 LOCK = ".tuner-lock"
+WEIGHTS = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
+"""Files of a checkpoint that other programs load."""
 RECORDED = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
 
 
@@ -82,12 +85,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def show_survey(found: Survey) -> None:
-    """The data report and the length of the run."""
+def show_data(report: DataReport) -> None:
+    """What of the data is used, and what is left out and why."""
     from tuner.data.report import show_report
 
+    show_report(report)
+
+
+def show_survey(found: Survey) -> None:
+    """The data report and the length of the run."""
     config = found.run.config
-    show_report(found.prepared.report)
+    show_data(found.prepared.report)
     per_step = config.train_batch_size * config.gradient_accumulation_steps * found.run.process_count
     print(
         f"model: {found.spec.family} {found.spec.flavour} from {found.spec.base}\n"
@@ -132,7 +140,7 @@ def show_result(found: Survey, saved: Path) -> None:
     """Where people find what the run made."""
     output_dir = found.run.output_dir
     lines = [("checkpoint", saved)]
-    lines += [("weights", path) for path in sorted(saved.glob("*lora*.safetensors"))]
+    lines += [("weights", path) for pattern in WEIGHTS for path in sorted(saved.glob(pattern))]
     lines += [("videos", path) for path in [output_dir / "validation"] if path.is_dir()]
     lines += [("log", output_dir / LOG_NAME)]
     for label, path in lines:

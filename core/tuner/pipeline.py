@@ -140,6 +140,8 @@ def _encode(assembly: Assembly, found: Survey, model: Model) -> CachedData:
     extra = [caption for answer in hook.extra_captions(run=found.run) for caption in answer]
     cached = build_cache(found.run, model, hook, found.prepared, extra)
     found.run.text_cache = cached.text
+    if cached.report != found.prepared.report:
+        output.show_data(cached.report)
     return cached
 
 

@@ -43,9 +43,11 @@ def assembly(
     import os
 
     from tuner.assembly import assemble
+    from tuner.cli.logs import show_log
     from tuner.config.flags import read_settings
     from tuner.selection import Catalog
 
+    show_log()
     catalog = Catalog()
     listed, left_out = names(plugins), names(without) or []
     settings = read_settings(config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog)
