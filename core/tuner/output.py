@@ -102,6 +102,8 @@ def show_survey(found: Survey) -> None:
         f"run: {found.total} steps of {per_step} samples, {found.plan.steps_per_epoch} steps per epoch, "
         f"{found.total / found.plan.steps_per_epoch:.1f} epochs"
     )
+    for note in found.plan.notes:
+        print(note)
     if config.lr_warmup_steps and not schedules.warmup_steps(config, found.total):
         print(
             f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {found.total} steps: there is no warm-up, "

@@ -176,4 +176,7 @@ def _train(
         session.restore(path)
         run.step = int(str(saved["step"]))
         output.show_resume(run, path, saved, manifest, passed)
-    return train(session)
+    try:
+        return train(session)
+    finally:
+        loader.close()
