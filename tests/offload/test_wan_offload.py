@@ -1,4 +1,4 @@
-"""Group offload of a real Wan denoiser, with the core's own LoRA and chunk-free forward: bit-equal training."""
+"""Group offload of a Wan denoiser with the core's own LoRA: training is bit-equal to a resident base."""
 
 from __future__ import annotations
 

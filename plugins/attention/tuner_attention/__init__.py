@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class FlexPlugin(Plugin[PluginConfig]):
-    """FlexAttention of PyTorch, for validation renders; training keeps the exact kernel."""
+    """FlexAttention of PyTorch, for validation renders; training keeps the exact kernel.
+
+    diffusers calls it uncompiled: scores of (B, heads, S, S) are then held whole, so it suits short clips.
+    """
 
     requires: ClassVar[frozenset[str]] = frozenset({"model-family"})
     values: ClassVar[Mapping[str, frozenset[str]]] = {"attention_mechanism": frozenset({"flex"})}
