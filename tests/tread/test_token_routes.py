@@ -21,9 +21,9 @@ from tuner.run import Run
 from tuner.testing.toy.describe import ToyDimensions
 from tuner.testing.toy.networks import ToyTransformer
 from tuner.testing.toy.stack import ToyStack
-from tuner_tread import TreadConfig, TreadPlugin
+from tuner_tread import RouteSettings, TreadConfig, TreadPlugin, TreadSettings
+from tuner_tread.ranges import BlockRange, remaining_share, resolve
 from tuner_tread.routing import draw_routes, keep_count, lowest
-from tuner_tread.settings import BlockRange, RouteSettings, TreadSettings, remaining_share, resolve
 
 GOLDEN = Path(__file__).parent / "golden"
 HALF = (BlockRange(1, 3, 0.5),)

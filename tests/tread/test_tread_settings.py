@@ -17,8 +17,8 @@ from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
-from tuner_tread import TreadConfig, TreadPlugin
-from tuner_tread.settings import BlockRange, TreadSettings, remaining_share, resolve
+from tuner_tread import TreadConfig, TreadPlugin, TreadSettings
+from tuner_tread.ranges import BlockRange, remaining_share, resolve
 
 SEED = Path(__file__).parent / "seed"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from tuner import Plugin, PluginConfig, hookimpl, key
-from tuner_tread.settings import TreadSettings, remaining_share, resolve
 
 if TYPE_CHECKING:
     from tuner.blocks import RouteRequest, TokenRoute
@@ -14,6 +15,25 @@ if TYPE_CHECKING:
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
+
+
+class RouteSettings(BaseModel):
+    """One route: a share of the tokens skips blocks ``start_layer_idx`` to ``end_layer_idx``, both inclusive."""
+
+    # Strict, so that a stray `true` does not become block 1.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    selection_ratio: float = Field(ge=0, lt=1, description="Share of the tokens that is dropped; 0.1 keeps 90 %.")
+    start_layer_idx: int = Field(description="First routed block; negative counts from the end, -1 is the last.")
+    end_layer_idx: int = Field(description="Last routed block, inclusive; negative counts from the end.")
+
+
+class TreadSettings(BaseModel):
+    """The value of ``tread_config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    routes: tuple[RouteSettings, ...] = Field(min_length=1, description="Routes in the order of the blocks, disjoint.")
 
 
 class TreadConfig(PluginConfig):
@@ -44,6 +64,8 @@ class TreadPlugin(Plugin[TreadConfig]):
         """Refuse routes that do not fit the blocks of one of the networks."""
         if self.config.tread_config is None:
             return
+        from tuner_tread.ranges import resolve
+
         for network in spec.networks:
             resolve(self.config.tread_config, network.blocks, f"tread_config, for {network.name!r} of {spec.flavour}")
 
@@ -52,6 +74,8 @@ class TreadPlugin(Plugin[TreadConfig]):
         """Say what the routes leave of the work."""
         if self.config.tread_config is None or not run.is_main:
             return
+        from tuner_tread.ranges import remaining_share, resolve
+
         blocks = model.network.spec.blocks
         ranges = resolve(self.config.tread_config, blocks)
         linear, attention = remaining_share(ranges, blocks)
@@ -68,6 +92,7 @@ class TreadPlugin(Plugin[TreadConfig]):
         """Draw the kept tokens of this forward."""
         if self.config.tread_config is None:
             return None
+        from tuner_tread.ranges import resolve
         from tuner_tread.routing import draw_routes
 
         return draw_routes(run, request, resolve(self.config.tread_config, request.blocks))

@@ -10,7 +10,7 @@ from torch import Tensor
 from tuner.blocks import RouteRequest, TokenRoute
 from tuner.errors import ConfigError
 from tuner.run import Run
-from tuner_tread.settings import BlockRange
+from tuner_tread.ranges import BlockRange
 
 
 def keep_count(tokens: int, ratio: float, at_least: int = 0) -> int:

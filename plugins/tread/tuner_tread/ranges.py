@@ -1,32 +1,15 @@
-"""The routes as users write them, checked against a network's block count. No torch here."""
+"""Routes as users write them, on the blocks of a network. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING
 
 from tuner.errors import ConfigError
 
-
-class RouteSettings(BaseModel):
-    """One route: a share of the tokens skips blocks ``start_layer_idx`` to ``end_layer_idx``, both inclusive."""
-
-    # Strict, so that a stray `true` does not become block 1.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    selection_ratio: float = Field(ge=0, lt=1, description="Share of the tokens that is dropped; 0.1 keeps 90 %.")
-    start_layer_idx: int = Field(description="First routed block; negative counts from the end, -1 is the last.")
-    end_layer_idx: int = Field(description="Last routed block, inclusive; negative counts from the end.")
-
-
-class TreadSettings(BaseModel):
-    """The value of ``tread_config``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    routes: tuple[RouteSettings, ...] = Field(min_length=1, description="Routes in the order of the blocks, disjoint.")
+if TYPE_CHECKING:
+    from tuner_tread import RouteSettings, TreadSettings
 
 
 @dataclass(frozen=True)
