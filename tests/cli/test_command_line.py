@@ -147,10 +147,11 @@ def test_debug_shows_the_traceback(
     assert 'seed cannot be "many"' in err
 
 
+@pytest.mark.parametrize("command", [["plugins"], ["plugins", "list"]])
 def test_the_list_of_plugins_says_what_each_is_and_why_it_is_loaded(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: list[str], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(monkeypatch, "plugins", "--without", "sampling") == 0
+    assert call(monkeypatch, *command, "--without", "sampling") == 0
     out = capsys.readouterr().out
     line = {row.split()[0]: row for row in out.splitlines() if not row.startswith(" ")}
     assert line["wan"].split()[1:3] == [tuner.__version__, "difftuner"]

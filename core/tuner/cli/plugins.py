@@ -28,8 +28,22 @@ def plugins(
     debug: options.Debug = False,
 ) -> None:
     """List the installed plugins, and say which ones the config loads."""
-    if context.invoked_subcommand:
-        return
+    if context.invoked_subcommand is None:
+        _print_list(config, plugins, without)
+
+
+@app.command("list")
+def list_plugins(
+    config: options.Config = None,
+    plugins: options.Plugins = None,
+    without: options.Without = None,
+    debug: options.Debug = False,
+) -> None:
+    """List the installed plugins, and say which ones the config loads."""
+    _print_list(config, plugins, without)
+
+
+def _print_list(config: Path | None, plugins: str | None, without: list[str] | None) -> None:
     from tuner.selection import Catalog
 
     catalog = Catalog()
