@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -115,3 +116,13 @@ def test_a_step_of_a_large_dataset_is_a_lookup() -> None:
     for step in range(0, plan.steps_per_epoch, 10):
         plan.micro_batches(step)
     assert ordered().misses == 1
+
+
+def test_two_threads_may_ask_for_two_epochs() -> None:
+    """The loader reads ahead into the next epoch while the loop is in this one."""
+    samples = [sample(f"{index}.mp4", Bucket(9, 64, 64)) for index in range(6)]
+    alone, shared = (Plan(samples, seed=0, batch_size=1) for _ in range(2))
+    expected = {step: alone.micro_batches(step) for step in (0, 6)}
+    steps = [0, 6] * 500
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(shared.micro_batches, steps)] == [expected[step] for step in steps]
