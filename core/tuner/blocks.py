@@ -13,11 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from tuner.run import Run
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,13 @@ class RouteRequest:
     """The largest number of forced tokens in the global micro-batch: no route may keep fewer."""
     positions: tuple[int, ...]
     """Position of each sample in the global batch, for the counter-based generators."""
+
+
+class TokenSelector(Protocol):
+    """One way to choose the tokens that a route keeps (see the hook ``token_selectors``)."""
+
+    def __call__(self, run: Run, request: RouteRequest, purpose: str) -> Tensor:
+        """Scores (B, S), float32 on the tokens' device: the lowest are kept."""
 
 
 class Residency(Protocol):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from tuner.blocks import RouteRequest, TokenRoute
+    from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
     from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model, Transform
     from tuner.run import Run
     from tuner.spec import ModelSpec
@@ -66,6 +66,23 @@ class HookSpecs:
             def describe_model(self, run):
                 from my_family.describe import read_spec
                 return read_spec(run.config.pretrained_model_name_or_path)
+        """
+
+    @hookspec
+    def token_selectors(self, run: Run) -> Mapping[str, TokenSelector]:
+        """Offer ways to choose which tokens a route keeps.
+
+        Called: all, once, after ``describe_model``; also by ``tuner check``, so import torch in the selector's body.
+        Arguments: ``run``.
+        Returns: name -> a function ``(run, request, purpose) -> scores (B, S)``: a route keeps the tokens of the
+        lowest scores. What is random in it comes from ``run.rng(purpose, position)``. A name offered twice is an
+        error. The merged mapping is ``run.token_selectors``.
+
+        Example::
+
+            @hookimpl
+            def token_selectors(self, run):
+                return {"loudest": lambda run, request, purpose: -request.tokens.float().norm(dim=-1)}
         """
 
     @hookspec

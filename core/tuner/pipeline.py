@@ -52,15 +52,21 @@ def survey(assembly: Assembly, *, processes: int = 1) -> Survey:
 
     run = new_run(assembly)
     optimizers.check(run.config)
-    hook = assembly.manager.hook
-    spec: ModelSpec = hook.describe_model(run=run)
-    run.spec = spec
-    hook.check_model(run=run, spec=spec)
+    spec = describe(run, assembly.manager)
     prepared = prepare(run.config, spec, show_progress=run.is_main)
     run.trained_shape = _most_frequent_shape(prepared)
     flow.check(run.config)
     plan = make_plan(run, prepared.samples, processes)
     return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
+
+
+def describe(run: Run, manager: Manager) -> ModelSpec:
+    """The model's facts, put into ``run`` and held against every plugin's keys. Raises ConfigError or ModelError."""
+    spec: ModelSpec = manager.hook.describe_model(run=run)
+    run.spec = spec
+    run.token_selectors = manager.registry("token_selectors", run)
+    manager.hook.check_model(run=run, spec=spec)
+    return spec
 
 
 def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:

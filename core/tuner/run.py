@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from tuner.blocks import TokenSelector
     from tuner.config.keys import CoreConfig
     from tuner.plugin import AnyPlugin
     from tuner.spec import ModelSpec
@@ -37,6 +38,8 @@ class Run:
     spec: ModelSpec | None = None
     trained_shape: tuple[int, int, int] | None = None
     """(frames, height, width) in pixels of the shape most clips are trained at; set once the data is known."""
+    token_selectors: Mapping[str, TokenSelector] = field(default_factory=dict)
+    """Ways to choose the tokens that a route keeps, by name; set once the model is described."""
     step: int = 0
     """Optimizer steps done."""
     process_index: int = 0

@@ -33,6 +33,11 @@ class Scribe(Plugin[PluginConfig]):
         self.note("configure", run, spec=run.spec)
 
     @hookimpl
+    def token_selectors(self, run):
+        self.note("token_selectors", run, described=run.spec is not None)
+        return {}
+
+    @hookimpl
     def check_model(self, run, spec):
         self.note("check_model", run, blocks=spec.networks[0].blocks)
 
@@ -174,6 +179,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     start = before.index("on_train_start")
     assert before[: start + 1] == [
         "configure",
+        "token_selectors",
         "check_model",
         "model_transforms",
         "extra_captions",
@@ -192,6 +198,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
 
 def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     assert facts(calls, "configure") == [{"spec": None}]
+    assert facts(calls, "token_selectors") == [{"described": True}]
     assert facts(calls, "check_model") == [{"blocks": 4}]
     assert facts(calls, "model_transforms") == [{"meta": True}]
     assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuner import transforms
+from tuner import pipeline, transforms
 from tuner.assembly import assemble, new_run
 from tuner.blocks import StepContext
 from tuner.errors import ConfigError
@@ -53,8 +53,7 @@ def learn(bench: FamilyBench, *extra: transforms.Transform, checkpointing: bool 
     assembly = assemble({**bench.settings, "lora_rank": 4, **keys})
     run, hook = new_run(assembly), assembly.manager.hook
     run.place(torch.device("cpu"), torch.float32)
-    run.spec = hook.describe_model(run=run)
-    hook.check_model(run=run, spec=run.spec)
+    pipeline.describe(run, assembly.manager)
     model: Model = hook.load_model(run=run)
     network = model.network
     transforms.prepare(run, network, [*transforms.collect(run, model, assembly.manager), *extra])

@@ -21,7 +21,7 @@ from tuner.run import Run
 from tuner.testing.toy.describe import ToyDimensions
 from tuner.testing.toy.networks import ToyTransformer
 from tuner.testing.toy.stack import ToyStack
-from tuner_tread import RouteSettings, TreadConfig, TreadPlugin, TreadSettings
+from tuner_tread import RouteSettings, TreadConfig, TreadPlugin, TreadSettings, uniform
 from tuner_tread.ranges import BlockRange, remaining_share, resolve
 from tuner_tread.routing import draw_routes, keep_count, lowest
 
@@ -30,7 +30,7 @@ HALF = (BlockRange(1, 3, 0.5),)
 
 
 def run_at(step: int = 0, seed: int = 42) -> Run:
-    return Run(CoreConfig(seed=seed), {}, step=step)
+    return Run(CoreConfig(seed=seed), {}, step=step, token_selectors={"uniform": uniform})
 
 
 def request(size: int, positions: Sequence[int] = (0, 1), **others: Any) -> RouteRequest:
@@ -39,7 +39,7 @@ def request(size: int, positions: Sequence[int] = (0, 1), **others: Any) -> Rout
 
 
 def kept(run: Run, asked: RouteRequest, ranges: Sequence[BlockRange] = HALF) -> Tensor:
-    (route,) = draw_routes(run, asked, ranges)
+    (route,) = draw_routes(run, asked, ranges, uniform)
     return route.keep
 
 
@@ -89,7 +89,7 @@ def test_sample_route_step_and_seed_each_draw_their_own() -> None:
     draws = [
         row.tolist()
         for run in (run_at(), run_at(step=1), run_at(seed=43))
-        for route in draw_routes(run, request(64, (0, 1)), ranges)
+        for route in draw_routes(run, request(64, (0, 1)), ranges, uniform)
         for row in route.keep
     ]
     assert len({tuple(draw) for draw in draws}) == len(draws) == 12
@@ -138,13 +138,13 @@ def test_forcing_tokens_does_not_change_the_draw_of_the_others() -> None:
 
 def test_routes_that_keep_everything_are_left_out() -> None:
     ranges = (BlockRange(0, 1, 0.0), BlockRange(1, 2, 0.01), BlockRange(2, 3, 0.5))
-    assert [route.start for route in draw_routes(run_at(), request(12), ranges)] == [2]
-    assert not draw_routes(run_at(), request(12, keep_at_least=12), ranges)
+    assert [route.start for route in draw_routes(run_at(), request(12), ranges, uniform)] == [2]
+    assert not draw_routes(run_at(), request(12, keep_at_least=12), ranges, uniform)
 
 
 def test_a_route_that_keeps_nothing_is_an_error_with_its_numbers() -> None:
     with pytest.raises(ConfigError, match=r"routes\[1\]: selection_ratio 0.9 keeps none of the 2 tokens"):
-        draw_routes(run_at(), request(2), (BlockRange(0, 1, 0.4), BlockRange(1, 2, 0.9)))
+        draw_routes(run_at(), request(2), (BlockRange(0, 1, 0.4), BlockRange(1, 2, 0.9)), uniform)
 
 
 def test_of_equal_scores_the_first_is_kept() -> None:
@@ -247,3 +247,22 @@ def test_nothing_waits_for_the_device() -> None:
     forced = torch.empty(2, 48, dtype=torch.bool, device="meta")
     asked = request(48, tokens=torch.empty(2, 48, 4, device="meta"), forced=forced, keep_at_least=3)
     assert kept(run_at(), asked).shape == (2, 24)
+
+
+def test_another_selector_decides_which_tokens_stay_and_forced_ones_stay_all_the_same() -> None:
+    def first(run: Run, asked: RouteRequest, purpose: str) -> Tensor:
+        return torch.arange(asked.tokens.shape[1]).float().expand(asked.tokens.shape[:2])
+
+    run = run_at()
+    run.token_selectors = {"uniform": uniform, "first": first}
+    config = TreadConfig(
+        tread_config=TreadSettings(routes=(RouteSettings(selection_ratio=0.5, start_layer_idx=1, end_layer_idx=2),)),
+        tread_selector="first",
+    )
+    tread = TreadPlugin("tread", config)
+    (route,) = tread.route_tokens(run=run, request=request(8))
+    assert route.keep.tolist() == [[0, 1, 2, 3]] * 2
+    forced = torch.zeros(2, 8, dtype=torch.bool)
+    forced[1, 7] = True
+    (route,) = tread.route_tokens(run=run, request=request(8, forced=forced))
+    assert route.keep.tolist() == [[0, 1, 2, 3], [0, 1, 2, 7]]

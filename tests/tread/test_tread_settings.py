@@ -45,7 +45,9 @@ def spec(**blocks: int) -> ModelSpec:
 
 
 def run_of(plugin: TreadPlugin) -> Run:
-    return Run(CoreConfig(), {plugin.name: plugin})
+    run = Run(CoreConfig(), {plugin.name: plugin})
+    run.token_selectors = plugin.token_selectors(run=run)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,13 @@ def test_every_network_of_the_model_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"end_layer_idx 25 is block 25 of 20") as caught:
         plugin.check_model(run=run_of(plugin), spec=spec(high=30, low=20))
     assert "'low' of toy-2" in str(caught.value)
+
+
+def test_a_selector_that_nobody_offers_is_refused_with_the_nearest() -> None:
+    plugin = TreadPlugin("tread", TreadConfig(tread_config=settings((0.1, 2, 25)), tread_selector="unifrom"))
+    with pytest.raises(ConfigError, match="unifrom") as caught:
+        plugin.check_model(run=run_of(plugin), spec=spec(net=30))
+    assert caught.value.nearest == "uniform"
 
 
 def test_without_routes_the_plugin_is_idle() -> None:

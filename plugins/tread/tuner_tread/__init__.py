@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tuner import Plugin, PluginConfig, hookimpl, key
+from tuner import ConfigError, Plugin, PluginConfig, hookimpl, key
+from tuner.errors import nearest
 
 if TYPE_CHECKING:
-    from tuner.blocks import RouteRequest, TokenRoute
+    from torch import Tensor
+
+    from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
     from tuner.config.keys import CoreConfig
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
+
+
+UNIFORM = "uniform"
 
 
 class RouteSettings(BaseModel):
@@ -45,6 +51,9 @@ class TreadConfig(PluginConfig):
         "share of the tokens, drawn at random, skips those blocks (both ends inclusive, negative counts from the end). "
         "0.5 halves the per-token work and quarters the self-attention of a routed block.",
     )
+    tread_selector: str = key(
+        UNIFORM, "How the kept tokens are chosen: `uniform`, or a name that another plugin's `token_selectors` offers."
+    )
 
 
 class TreadPlugin(Plugin[TreadConfig]):
@@ -60,10 +69,21 @@ class TreadPlugin(Plugin[TreadConfig]):
         return self.config.tread_config is not None
 
     @hookimpl
+    def token_selectors(self, run: Run) -> Mapping[str, TokenSelector]:
+        """Uniform choice."""
+        return {UNIFORM: uniform}
+
+    @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:
-        """Refuse routes that do not fit the blocks of one of the networks."""
+        """Refuse routes that do not fit the blocks of one of the networks, and a selector that nobody offers."""
         if self.config.tread_config is None:
             return
+        if self.config.tread_selector not in run.token_selectors:
+            raise ConfigError(
+                f"tread_selector is {self.config.tread_selector!r}, which no loaded plugin offers",
+                allowed=sorted(run.token_selectors),
+                nearest=nearest(self.config.tread_selector, run.token_selectors),
+            )
         from tuner_tread.ranges import resolve
 
         for network in spec.networks:
@@ -95,4 +115,12 @@ class TreadPlugin(Plugin[TreadConfig]):
         from tuner_tread.ranges import resolve
         from tuner_tread.routing import draw_routes
 
-        return draw_routes(run, request, resolve(self.config.tread_config, request.blocks))
+        select = run.token_selectors[self.config.tread_selector]
+        return draw_routes(run, request, resolve(self.config.tread_config, request.blocks), select)
+
+
+def uniform(run: Run, request: RouteRequest, purpose: str) -> Tensor:
+    """Scores (B, S), uniform in [0, 1): every token is as likely to be kept as any other."""
+    from tuner_tread.routing import draw_scores
+
+    return draw_scores(run, request, purpose)

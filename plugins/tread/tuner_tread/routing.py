@@ -1,4 +1,4 @@
-"""Drawing the tokens that a route keeps: uniform per sample, route and step, a function of the seed alone."""
+"""Choosing the tokens that a route keeps, by sample, route and step: a function of the seed alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tuner.blocks import RouteRequest, TokenRoute
+from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
 from tuner.errors import ConfigError
 from tuner.run import Run
 from tuner_tread.ranges import BlockRange
@@ -18,8 +18,12 @@ def keep_count(tokens: int, ratio: float, at_least: int = 0) -> int:
     return max(tokens - round(tokens * ratio), at_least)
 
 
-def draw_routes(run: Run, request: RouteRequest, ranges: Sequence[BlockRange]) -> list[TokenRoute]:
-    """The routes of one training forward; a route that keeps every token is left out.
+def draw_routes(
+    run: Run, request: RouteRequest, ranges: Sequence[BlockRange], select: TokenSelector
+) -> list[TokenRoute]:
+    """The routes of one training forward, their tokens chosen by ``select``; one that keeps every token is left out.
+
+    Forced tokens are kept whatever their scores.
 
     Raises ConfigError where a route would keep no token of a clip as short as this one.
     """
@@ -34,13 +38,15 @@ def draw_routes(run: Run, request: RouteRequest, ranges: Sequence[BlockRange]) -
                 remedy="lower selection_ratio, or train on larger or longer clips",
             )
         if keep < tokens:
-            scores = draw_scores(run, f"tread.{index}", request)
+            scores = select(run, request, f"tread.{index}")
+            if request.forced is not None:
+                scores = scores.masked_fill(request.forced, float("-inf"))
             routes.append(TokenRoute(blocks.start, blocks.stop, lowest(scores, keep)))
     return routes
 
 
-def draw_scores(run: Run, purpose: str, request: RouteRequest) -> Tensor:
-    """(B, S) float32 on the tokens' device, uniform in [0, 1); forced tokens stand below all others.
+def draw_scores(run: Run, request: RouteRequest, purpose: str) -> Tensor:
+    """(B, S) float32 on the tokens' device, uniform in [0, 1).
 
     Drawn on the CPU, so that they do not depend on the device, and always in float32: in bfloat16 the
     numbers tie at the cut. Moved from pinned memory, so that the host does not wait for the device.
@@ -50,8 +56,7 @@ def draw_scores(run: Run, purpose: str, request: RouteRequest) -> Tensor:
     device = request.tokens.device
     if device.type == "cuda":
         scores = scores.pin_memory()
-    scores = scores.to(device, non_blocking=True)
-    return scores if request.forced is None else scores.masked_fill(request.forced, -1.0)
+    return scores.to(device, non_blocking=True)
 
 
 def lowest(scores: Tensor, keep: int) -> Tensor:
