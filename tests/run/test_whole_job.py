@@ -61,6 +61,16 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(job, steps_of, state_o
     assert steps_of(resumed) == steps_of(whole)
 
 
+def test_another_optimizer_starts_afresh_and_says_so(job, caplog):
+    """Lion would take Adam's first moment for its own: same name, another meaning."""
+    job.run("adam", max_train_steps=3)
+    output = job.run("adam", max_train_steps=5, optimizer="optimi-lion", resume_from_checkpoint="latest")
+    assert "starts afresh" in caplog.text
+    assert "changed since that checkpoint: max_train_steps, optimizer" in caplog.text
+    saved = load_file(output / "checkpoint-5" / "optimizer.transformer.safetensors")
+    assert not [name for name in saved if name.endswith("exp_avg_sq")]
+
+
 def test_steps_beyond_the_checkpoint_are_logged_once(job, steps_of, state_of):
     """Killed at step 5, last checkpoint at 3: steps 4 and 5 are trained and logged anew."""
     whole = job.run("logged-whole", max_train_steps=6)

@@ -15,10 +15,13 @@ from torch import Tensor
 from tuner.errors import CheckpointError
 from tuner.model import Network
 from tuner.plugin import AnyPlugin
+from tuner.run import log
 from tuner.train import optimizers
 
 NUMBERS = "numbers"
 """Metadata key of the JSON beside the tensors."""
+KIND = "kind"
+"""Name of the optimizer's class among the numbers of its state."""
 
 
 def adapter_file(network: str) -> str:
@@ -40,7 +43,7 @@ def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     """Write the trained tensors and the optimizer state of ``network``."""
     assert network.adapter is not None
     write(directory / adapter_file(network.name), network.adapter.state(), {})
-    homes: dict[bool, dict[str, Any]] = {True: {}, False: {}}
+    homes: dict[bool, dict[str, Any]] = {True: {}, False: {KIND: _kind(optimizer)}}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             homes[isinstance(value, Tensor)][f"{index}.{name}"] = value
@@ -53,7 +56,8 @@ def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
 def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
     """Copy trained tensors into the network's own and restore the optimizer.
 
-    Raises CheckpointError when the checkpoint was made with other trained tensors or another optimizer.
+    Another optimizer than the checkpoint's starts afresh, with a warning: their states mean different things.
+    Raises CheckpointError when the checkpoint was made with other trained tensors.
     """
     assert network.adapter is not None
     path = directory / adapter_file(network.name)
@@ -65,6 +69,10 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
         )
     network.adapter.load(read(path)[0])
     tensors, numbers = read(directory / optimizer_file(network.name))
+    kind = numbers.pop(KIND, None)
+    if kind != _kind(optimizer):
+        log.warning("the checkpoint's optimizer is %s, this run's is %s, which starts afresh", kind, _kind(optimizer))
+        return
     state: dict[int, dict[str, Any]] = {}
     groups: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **numbers}.items():
@@ -80,6 +88,10 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
         )
     merged = [{**group, **groups.get(index, {})} for index, group in enumerate(current["param_groups"])]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def save_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> None:
