@@ -18,6 +18,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
+    from tuner.data.samples import Prepared
+    from tuner.data.source import Source
     from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model, Transform
     from tuner.run import Run
     from tuner.spec import ModelSpec
@@ -27,10 +29,11 @@ PROJECT = "tuner"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-SINGLE = frozenset({"describe_model", "load_model", "encode_batch", "compute_loss", "route_tokens"})
+SINGLE = frozenset({"describe_model", "prepare_data", "load_model", "encode_batch", "compute_loss", "route_tokens"})
 """Hooks with at most one answer."""
-REQUIRED = frozenset({"describe_model", "load_model", "encode_batch", "compute_loss"})
-"""Hooks with exactly one answer: what a model family must implement."""
+REQUIRED = frozenset({"describe_model", "prepare_data", "load_model", "encode_batch", "compute_loss"})
+"""Hooks with exactly one answer: what a model family must implement, and ``prepare_data`` of the built-in
+``datasets``."""
 
 
 class HookSpecs:
@@ -98,6 +101,59 @@ class HookSpecs:
             @hookimpl
             def check_model(self, run, spec):
                 check_routes(self.config.tread_config.routes, spec.networks[0].blocks)
+        """
+
+    @hookspec
+    def data_sources(self, run: Run) -> Mapping[str, Source]:
+        """Offer places that the files of a dataset may come from.
+
+        Called: all, once, after ``describe_model``; also by ``tuner check``.
+        Arguments: ``run``.
+        Returns: value of an entry's ``type`` -> a Source (``tuner.data.source``): the keys that its entries have,
+        and a function that lists their files, fetched where they are elsewhere. A name offered twice is an error.
+        The merged mapping is ``run.data_sources``.
+
+        Example::
+
+            @hookimpl
+            def data_sources(self, run):
+                from my_archive.source import ArchiveSource
+                return {"archive": ArchiveSource()}
+        """
+
+    @hookspec(firstresult=True)
+    def prepare_data(self, run: Run, spec: ModelSpec) -> Prepared:
+        """Say what is trained on: samples with their files, captions, buckets and views.
+
+        Called: one (the built-in ``datasets``), after the model is described and before any weight is read; also by
+        ``tuner check``.
+        Arguments: ``run``; ``spec``, what ``describe_model`` answered.
+        Returns: a Prepared (``tuner.data.samples``). The same files and keys must give the same answer in every
+        process and in every run.
+
+        Example::
+
+            @hookimpl
+            def prepare_data(self, run, spec):
+                from my_archive.prepare import prepare
+                return prepare(self.config.archive, spec)
+        """
+
+    @hookspec
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
+        """Look at the data before any weight is read: warn, refuse, or write a report of it.
+
+        Called: all, right after ``prepare_data``, also by ``tuner check``; and again after the cache is built, when
+        files had to be left out because they could not be encoded. Files are written by the main process only.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered.
+        Returns: nothing; raises ConfigError or DataError to refuse.
+
+        Example::
+
+            @hookimpl
+            def data_ready(self, run, spec, data):
+                if any(sample.companion("mask") for sample in data.samples):
+                    run.log.warning("masks were found to do harm with this model")
         """
 
     @hookspec(firstresult=True)

@@ -7,7 +7,6 @@ refused is refused before any weight is read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.data.encode import CachedData
     from tuner.data.plan import Plan
-    from tuner.data.prepare import Prepared
-    from tuner.data.samples import Sample
+    from tuner.data.samples import Prepared
     from tuner.manager import Manager
     from tuner.model import Model
     from tuner.run import Run
@@ -48,15 +46,16 @@ def survey(assembly: Assembly, *, processes: int = 1) -> Survey:
     """
     from tuner import flow
     from tuner.assembly import new_run
-    from tuner.data.prepare import prepare
 
     run = new_run(assembly)
     optimizers.check(run.config)
     spec = describe(run, assembly.manager)
-    prepared = prepare(run.config, spec, show_progress=run.is_main)
-    run.trained_shape = _most_frequent_shape(prepared)
     flow.check(run.config)
-    plan = make_plan(run, prepared.samples, processes)
+    hook = assembly.manager.hook
+    prepared: Prepared = hook.prepare_data(run=run, spec=spec)
+    run.trained_shape = _most_frequent_shape(prepared)
+    hook.data_ready(run=run, spec=spec, data=prepared)
+    plan = make_plan(run, prepared, processes)
     return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
 
 
@@ -65,6 +64,7 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     spec: ModelSpec = manager.hook.describe_model(run=run)
     run.spec = spec
     run.token_selectors = manager.registry("token_selectors", run)
+    run.data_sources = manager.registry("data_sources", run)
     manager.hook.check_model(run=run, spec=spec)
     return spec
 
@@ -78,12 +78,13 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
     return bucket.frames, bucket.height, bucket.width
 
 
-def make_plan(run: Run, samples: Sequence[Sample], processes: int) -> Plan:
+def make_plan(run: Run, prepared: Prepared, processes: int) -> Plan:
     """The order of training, a pure function of the samples and the config."""
     from tuner.data.plan import Plan
 
     return Plan(
-        samples,
+        prepared.samples,
+        prepared.datasets,
         seed=run.config.seed,
         batch_size=run.config.train_batch_size,
         accumulation=run.config.gradient_accumulation_steps,
@@ -145,9 +146,10 @@ def _encode(assembly: Assembly, found: Survey, model: Model) -> CachedData:
     hook = assembly.manager.hook
     extra = [caption for answer in hook.extra_captions(run=found.run) for caption in answer]
     cached = build_cache(found.run, model, hook, found.prepared, extra)
-    found.run.text_cache = cached.text
-    if cached.report != found.prepared.report:
-        output.show_data(cached.report)
+    found.run.text_cache, found.run.cached = cached.text, cached
+    if cached.prepared is not found.prepared:
+        output.show_data(cached.prepared.report)
+        hook.data_ready(run=found.run, spec=found.spec, data=cached.prepared)
     return cached
 
 
@@ -165,7 +167,7 @@ def _train(
     from tuner.train.session import Session
 
     run = found.run
-    plan = found.plan if cached.samples == found.prepared.samples else make_plan(run, cached.samples, run.process_count)
+    plan = found.plan if cached.prepared is found.prepared else make_plan(run, cached.prepared, run.process_count)
     loader = Loader(
         cached,
         plan,

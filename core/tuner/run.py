@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from tuner.blocks import TokenSelector
     from tuner.config.keys import CoreConfig
+    from tuner.data.encode import CachedData
+    from tuner.data.source import Source
     from tuner.plugin import AnyPlugin
     from tuner.spec import ModelSpec
 
@@ -44,8 +46,12 @@ class Run:
     """Optimizer steps done."""
     process_index: int = 0
     process_count: int = 1
+    data_sources: Mapping[str, Source] = field(default_factory=dict)
+    """Where files may come from beside a local folder, by ``type``; set once the model is described."""
     text_cache: Callable[[str], dict[str, Tensor]] | None = None
     """The cached encoding of a caption named in ``extra_captions``; set once the cache is built."""
+    cached: CachedData | None = None
+    """All encodings, those of held-out samples too; set once the cache is built."""
     log: logging.Logger = log
     _device: Any = field(default=None, repr=False)
     _dtype: Any = field(default=None, repr=False)

@@ -13,9 +13,9 @@ from tuner.config.keys import CoreConfig
 
 def test_keys_without_effect_are_told_when_set_away_from_their_default() -> None:
 
-    values = {"compress_disk_cache": True, "use_ema": "false", "seed": 3}
+    values = {"disable_benchmark": True, "use_ema": "false", "seed": 3}
     told = list(warnings.pending({"core": build(CoreConfig, values)}, values))
-    assert told == ["compress_disk_cache has no effect yet: the cache is written uncompressed"]
+    assert told == ["disable_benchmark has no effect yet: the base model is not rendered at step 0"]
 
 
 def test_keys_with_one_reason_share_a_line() -> None:

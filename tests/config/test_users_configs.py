@@ -11,9 +11,9 @@ import json5
 import pytest
 
 from tuner.assembly import Assembly, assemble
+from tuner.builtin.datasets.entries import KINDS
 from tuner.config.flags import read_settings
 from tuner.config.load import plain_data
-from tuner.data.datasets import KINDS
 
 SEED = Path(__file__).parent / "seed"
 EXAMPLES = Path(__file__).parents[2] / "config"

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from tuner.builtin.datasets.prepare import Prepared, prepare
 from tuner.config.keys import CoreConfig
 from tuner.data import encode
 from tuner.data.decode import decode
 from tuner.data.encode import CachedData, build_cache, video_key
 from tuner.data.fingerprint import fingerprint
-from tuner.data.prepare import Prepared, prepare
 from tuner.data.store import Store
 from tuner.errors import DataError, ModelError
 from tuner.model import Component, EncodeBatch, Encoded, Model
@@ -51,7 +51,7 @@ def test_the_cache_holds_what_the_encoder_gives(core: CoreConfig, model: Any, ho
     with torch.no_grad(), model.use("vae", "text_encoder"):
         for sample in cached.samples:
             (expected,) = hooks.encode_batch(
-                run=None, model=model, batch=EncodeBatch("video", pixels=decode(sample)[None])
+                run=None, model=model, batch=EncodeBatch("video", pixels=decode(sample, sample.views[0])[None])
             )
             stored = cached.video(sample)
             assert stored.keys() == expected.keys()
@@ -102,7 +102,8 @@ def test_other_settings_never_read_old_entries(
     clips: Path, make_core: MakeCore, spec: ModelSpec, model: Any, hooks: Any, change: dict[str, Any]
 ) -> None:
     before, after = (prepare(make_core(clips, **entry), spec).samples for entry in ({}, change))
-    assert not {video_key(each, "e") for each in before} & {video_key(each, "e") for each in after}
+    old, new = ({video_key(each, each.views[0], "e") for each in samples} for samples in (before, after))
+    assert not old & new
 
 
 def test_other_weights_encode_anew_and_other_captions_only_themselves(
@@ -154,7 +155,7 @@ def test_damaged_entries_are_found_rebuilt_and_counted(
     first = build(core, model, hooks, prepared)
     sample = first.samples[0]
     whole = first.video(sample)
-    path = Store(core.output_dir.parent / "cache" / "vae").path(first.video_keys[sample.sample_id])
+    path = Store(core.output_dir.parent / "cache" / "vae").path(first.video_keys[sample.sample_id, 0])
     data = bytearray(path.read_bytes())
     data[-3] ^= 0x40
     path.write_bytes(bytes(data))
@@ -182,11 +183,12 @@ def test_clips_that_fail_are_named_counted_and_left_out(
     core = make_core(folder, core={"vae_batch_size": 2})
     prepared = prepare(core, spec)
     (folder / "tall.mp4").write_bytes(b"overwritten")
-    poisoned = decode(next(each for each in prepared.samples if each.path.name == "wide.mp4"))
+    wide = next(each for each in prepared.samples if each.path.name == "wide.mp4")
+    poisoned = decode(wide, wide.views[0])
     hooks = make_hooks(lambda pixels: any(torch.equal(each, poisoned) for each in pixels))
     cached = build(core, model, hooks, prepared)
     assert [each.sample_id for each in cached.samples] == ["clips/wide two.mp4"]
-    (report,) = cached.report.datasets
+    (report,) = cached.prepared.report.datasets
     assert {each.path.name: each.reason for each in report.dropped} == {
         "tall.mp4": "cannot be encoded",
         "wide.mp4": "cannot be encoded",
@@ -325,6 +327,6 @@ def test_the_version_of_the_encoding_is_bumped_with_its_keys(prepared: Prepared)
     from dataclasses import replace
 
     sample = replace(prepared.samples[0], content_hash="0" * 64)
-    assert encode.ENCODING == 1
-    assert video_key(sample, "encoder")[:16] == "9100b95303adb7e8"
-    assert encode.text_key("a caption", "encoder")[:16] == "8fcc678b96cfe415"
+    assert encode.ENCODING == 2
+    assert video_key(sample, sample.views[0], "encoder")[:16] == "39f93c0fd52af432"
+    assert encode.text_key("a caption", "encoder")[:16] == "a3bee74b6f6e80aa"

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tuner.data.captions import captions_of, read_alternatives
-from tuner.data.datasets import VideoDataset
+from tuner.builtin.datasets import captions
+from tuner.builtin.datasets.captions import read_alternatives
+from tuner.builtin.datasets.entries import VideoDataset
+from tuner.data.source import Listing
 from tuner.errors import DataError
+from tuner.testing.datasets import make_entry
 
 
 def dataset(folder: Path, **values: object) -> VideoDataset:
-    required = {"id": "d", "instance_data_dir": folder, "cache_dir_vae": folder}
-    return VideoDataset(**required, resolution=64, resolution_type="pixel", minimum_image_size=0, **values)  # type: ignore[arg-type]
+    return make_entry(VideoDataset, instance_data_dir=str(folder), **values)
+
+
+def captions_of(dataset: VideoDataset, clips: list[Path]) -> dict[Path, tuple[str, ...]]:
+    return captions.captions_of(dataset, Listing(Path(), ()), clips)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import av
 import numpy as np
 import pytest
 
+from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.datasets.reading import read_datasets
 from tuner.config.keys import CoreConfig
-from tuner.data.datasets import read_datasets
-from tuner.data.prepare import prepare
 from tuner.data.report import lines
 from tuner.data.samples import Bucket
 from tuner.errors import ConfigError, ConfigErrors, DataError, TunerError
@@ -77,7 +77,7 @@ def test_a_users_file_passes_unchanged() -> None:
     Path("datasets/disney-black-and-white").mkdir(parents=True)
     Path("multidatabackend.json").write_text(USERS_FILE)
     read = read_datasets(CoreConfig(data_backend_config=Path("multidatabackend.json")))
-    (video,) = read.videos
+    (video,) = read.trained
     assert (video.resolution, video.video.num_frames, video.video.min_frames, video.repeats) == (480, 75, 75, 0)
     assert video.cache_dir_vae == Path("cache/vae/wan/disney-black-and-white")
     assert read.text.cache_dir == Path("cache/text/wan")
@@ -111,21 +111,21 @@ def test_image_to_video_entries_pass() -> None:
         "conditioning_image_embeds": "disney-conditioning",
         "cache_dir_conditioning_image_embeds": "cache/conditioning_image_embeds/v",
     }
-    assert read_datasets(core(video, TEXT, IMAGES)).conditioning[0].id == "disney-conditioning"
+    assert read_datasets(core(video, TEXT, IMAGES)).image_embeds[0].id == "disney-conditioning"
 
 
 def test_values_as_people_write_them() -> None:
     video = VIDEO | {"crop": "true", "resolution": "480", "repeats": 2.0, "video": {"num_frames": "75"}}
-    (read,) = read_datasets(core(video, TEXT)).videos
+    (read,) = read_datasets(core(video, TEXT)).trained
     assert (read.crop, read.resolution, read.repeats, read.video.num_frames) == (True, 480, 2, 75)
 
 
 def test_what_an_entry_leaves_out_comes_from_the_core_keys() -> None:
     read = read_datasets(core(VIDEO, TEXT, resolution=0.25, resolution_type="area", minimum_image_size=0.1))
-    (video,) = read.videos
+    (video,) = read.trained
     assert (video.resolution, video.resolution_type, video.minimum_image_size) == (0.25, "area", 0.1)
     assert video.cache_dir_vae == Path("output/cache/vae/v")
-    own = read_datasets(core(VIDEO | {"resolution": 64, "resolution_type": "pixel"}, TEXT, resolution=480)).videos[0]
+    own = read_datasets(core(VIDEO | {"resolution": 64, "resolution_type": "pixel"}, TEXT, resolution=480)).trained[0]
     assert (own.resolution, own.resolution_type) == (64, "pixel")
 
 
@@ -138,14 +138,12 @@ def test_what_an_entry_leaves_out_comes_from_the_core_keys() -> None:
         ({"repeats": -1}, ["repeats", "-1"]),
         ({"caption_strategy": "text"}, ["caption_strategy", "textfile"]),
         ({"dataset_type": "vidoe"}, ["vidoe", "did you mean 'video'"]),
-        ({"dataset_type": "image"}, ["'image'", "not supported yet"]),
-        ({"type": "aws"}, ["'aws'", "not supported yet"]),
-        ({"probability": 0.5}, ["probability", "not supported yet"]),
+        ({"type": "attic"}, ["'attic'", "does not exist", "local"]),
         ({"caption_strategy": "instanceprompt"}, ["instance_prompt"]),
         ({"conditioning_image_embeds": "nothing"}, ["nothing", "no enabled entry"]),
         ({"video": {"num_frames": 9, "min_frames": 20, "max_frames": 10}}, ["min_frames 20", "max_frames 10"]),
         ({"instance_data_dir": "elsewhere"}, ["elsewhere", "does not exist"]),
-        ({"disabled": True}, ["no video dataset is enabled"]),
+        ({"disabled": True}, ["no dataset to train on is enabled"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

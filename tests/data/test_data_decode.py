@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from tuner.data.buckets import framing
 from tuner.data.decode import decode
 from tuner.data.probe_file import VideoFacts, probe_file
-from tuner.data.samples import Bucket, Sample
+from tuner.data.samples import Bucket, Sample, View
 from tuner.errors import DataError
 
 QUARTER_RIGHT = b"".join(
@@ -42,9 +42,12 @@ def sample_of(path: Path, bucket: Bucket) -> Sample:
     facts = probe_file(path)
     assert isinstance(facts, VideoFacts), facts
     framed = framing(facts.width, facts.height, bucket)
-    return Sample(
-        "s", "d", path, facts.sha256, ("",), facts.width, facts.height, facts.frames, facts.fps, bucket, framed
-    )
+    width, height, views = facts.width, facts.height, (View(framed),)
+    return Sample("s", "d", path, facts.sha256, ("",), width, height, facts.frames, facts.fps, bucket, views, path)
+
+
+def decoded(sample: Sample) -> torch.Tensor:
+    return decode(sample, sample.views[0])
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -60,7 +63,7 @@ def uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 def test_frames_come_from_the_beginning_in_order(tmp_path: Path) -> None:
     path = write(tmp_path / "steps.mp4", [np.full((64, 64, 3), 20 * index, np.uint8) for index in range(10)])
-    pixels = decode(sample_of(path, Bucket(5, 64, 64)))
+    pixels = decoded(sample_of(path, Bucket(5, 64, 64)))
     assert pixels.shape == (3, 5, 64, 64)
     assert pixels.dtype == torch.float32
     assert torch.allclose(uint8(pixels).mean((0, 2, 3)), torch.tensor([0.0, 20, 40, 60, 80]), atol=2)
@@ -73,10 +76,10 @@ def test_resizing_equals_antialiased_bicubic(tmp_path: Path) -> None:
     path = write(tmp_path / "photo.mp4", [picture] * 2)
     sample = sample_of(path, Bucket(1, 80, 112))
     whole = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
-    size = (sample.framing.height, sample.framing.width)
+    size = (sample.views[0].framing.height, sample.views[0].framing.width)
     expected = interpolate(whole, size, mode="bicubic", antialias=True).clamp(0, 255)[0]
-    top, left = sample.framing.top, sample.framing.left
-    error = (uint8(decode(sample))[:, 0] - expected[:, top : top + 80, left : left + 112]).abs()
+    top, left = sample.views[0].framing.top, sample.views[0].framing.left
+    error = (uint8(decoded(sample))[:, 0] - expected[:, top : top + 80, left : left + 112]).abs()
     assert error.mean() < 1
     assert error.max() < 6
 
@@ -90,7 +93,7 @@ def test_a_phone_clip_is_turned_upright(tmp_path: Path) -> None:
     sample = sample_of(path, Bucket(1, 96, 64))
     assert (sample.width, sample.height) == (64, 96)
     clockwise = torch.from_numpy(np.rot90(picture, k=-1).copy()).permute(2, 0, 1)
-    assert (uint8(decode(sample))[:, 0] - clockwise).abs().mean() < 1
+    assert (uint8(decoded(sample))[:, 0] - clockwise).abs().mean() < 1
 
 
 def test_pixels_that_are_not_square_are_stretched(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path: Path) -> None:
     assert (sample.width, sample.height) == (128, 64)
     whole = torch.from_numpy(picture).permute(2, 0, 1)[None].float()
     expected = interpolate(whole, (64, 128), mode="bicubic", antialias=True).clamp(0, 255)[0]
-    assert (uint8(decode(sample))[:, 0] - expected).abs().mean() < 1.5
+    assert (uint8(decoded(sample))[:, 0] - expected).abs().mean() < 1.5
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_colours(tmp_path: Path, width: int, height: int, tag: int | None, writt
         stored.colorspace = 2 if tag is None else tag
         container.mux(video.encode(stored))
         container.mux(video.encode())
-    pixels = uint8(decode(sample_of(path, Bucket(1, height, width))))[:, 0]
+    pixels = uint8(decoded(sample_of(path, Bucket(1, height, width))))[:, 0]
     assert torch.allclose(pixels[:, 8, 8], torch.tensor([200.0, 30, 40]), atol=4)
     assert torch.allclose(pixels[:, 8, -8], torch.tensor([20.0, 180, 60]), atol=4)
 
@@ -131,7 +134,7 @@ def test_colours(tmp_path: Path, width: int, height: int, tag: int | None, writt
 def test_a_clip_that_ends_too_early_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "short one.mp4", [photograph(64, 64)] * 3)
     with pytest.raises(DataError, match=r"ends after 3 frames where 5 are needed(.|\n)*short one\.mp4"):
-        decode(sample_of(path, Bucket(5, 64, 64)))
+        decoded(sample_of(path, Bucket(5, 64, 64)))
 
 
 def test_a_clip_that_became_unreadable_is_named(tmp_path: Path) -> None:
@@ -139,12 +142,12 @@ def test_a_clip_that_became_unreadable_is_named(tmp_path: Path) -> None:
     sample = sample_of(path, Bucket(1, 64, 64))
     path.write_bytes(b"overwritten")
     with pytest.raises(DataError, match=r"cannot be decoded after frame 0(.|\n)*gone\.mp4"):
-        decode(sample)
+        decoded(sample)
 
 
 def test_pixels_of_a_stored_clip_stay_what_they_are() -> None:
     """Golden: when this fails, `tuner.data.encode.ENCODING` must be raised, or old cache entries are read as new."""
-    pixels = decode(sample_of(Path(__file__).parent / "golden_clip.mp4", Bucket(5, 48, 64)))
+    pixels = decoded(sample_of(Path(__file__).parent / "golden_clip.mp4", Bucket(5, 48, 64)))
     halves = torch.nn.functional.adaptive_avg_pool3d(pixels, (2, 2, 2)).flatten()
     red = [0.7176, 0.7175, 0.3417, 0.3546, 0.6326, 0.6466, 0.3795, 0.386]
     green = [0.0475, 0.0494, -0.2079, -0.1959, -0.0267, -0.0129, -0.1646, -0.1595]

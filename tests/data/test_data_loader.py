@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tuner.builtin.datasets.prepare import prepare
 from tuner.config.keys import CoreConfig
 from tuner.data.encode import CachedData, build_cache
 from tuner.data.loader import Loader, collate_text
 from tuner.data.plan import Plan
-from tuner.data.prepare import prepare
 from tuner.errors import DataError
 from tuner.run import Run
 from tuner.spec import ModelSpec
@@ -100,7 +100,7 @@ def test_a_dropped_caption_is_the_encoding_of_the_empty_one(cached: CachedData) 
 
 
 def test_an_entry_damaged_since_the_start_is_an_error(cached: CachedData) -> None:
-    for file in cached.video_roots["clips"].rglob("*.safetensors"):
+    for file in cached.prepared.samples[0].cache.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     loader = Loader(cached, Plan(cached.samples, seed=1, batch_size=1), seed=1)
     with pytest.raises(DataError, match=r"damaged(.|\n)*start again"):

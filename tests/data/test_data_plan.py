@@ -12,12 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.data.plan import Plan
-from tuner.data.samples import Bucket, Framing, Sample
+from tuner.data.samples import Bucket, Dataset, Framing, Sample, Schedule, View
 
 
 def sample(name: str, bucket: Bucket, repeats: int = 0, captions: tuple[str, ...] = ("a caption",)) -> Sample:
-    framing = Framing(bucket.width, bucket.height, 0, 0)
-    return Sample(name, "d", Path(name), "0", captions, 64, 64, 9, 16.0, bucket, framing, repeats)
+    """A sample of the dataset that has this many repeats."""
+    view = View(Framing(bucket.width, bucket.height, 0, 0))
+    return Sample(name, f"{repeats}", Path(name), "0", captions, 64, 64, 9, 16.0, bucket, (view,), Path("cache"))
+
+
+DATASETS = {f"{repeats}": Dataset(f"{repeats}", Schedule(repeats=repeats)) for repeats in range(4)}
+
+
+def repeats_of(each: Sample) -> int:
+    return int(each.dataset_id)
 
 
 BUCKETS = [Bucket(9, 48, 80), Bucket(9, 80, 48), Bucket(1, 64, 64)]
@@ -43,8 +51,8 @@ def epoch(plan: Plan, number: int) -> list[list[str]]:
 def test_every_sample_appears_as_often_as_asked_and_padding_is_all_there_is_more(
     samples: list[Sample], batch_size: int, accumulation: int, world: int, seed: int
 ) -> None:
-    plan = Plan(samples, seed=seed, batch_size=batch_size, accumulation=accumulation, world=world)
-    per_bucket = Counter(each.bucket for each in samples for _ in range(1 + each.repeats))
+    plan = Plan(samples, DATASETS, seed=seed, batch_size=batch_size, accumulation=accumulation, world=world)
+    per_bucket = Counter(each.bucket for each in samples for _ in range(1 + repeats_of(each)))
     batches = sum(-(-count // batch_size) for count in per_bucket.values())
     assert plan.steps_per_epoch == -(-batches // (accumulation * world))
     seen: Counter[str] = Counter()
@@ -60,26 +68,26 @@ def test_every_sample_appears_as_often_as_asked_and_padding_is_all_there_is_more
         costs = [micro.bucket.cost for micro in micros]
         assert costs == sorted(costs, reverse=True)
     for each in samples:
-        assert seen[each.sample_id] >= 1 + each.repeats
+        assert seen[each.sample_id] >= 1 + repeats_of(each)
     if not plan.notes:
-        assert seen == Counter({each.sample_id: 1 + each.repeats for each in samples})
+        assert seen == Counter({each.sample_id: 1 + repeats_of(each) for each in samples})
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     samples = [sample(f"s{i}", BUCKETS[i % 2]) for i in range(20)]
-    plan = Plan(samples, seed=1, batch_size=2)
+    plan = Plan(samples, DATASETS, seed=1, batch_size=2)
     first, second = epoch(plan, 0), epoch(plan, 1)
     assert first != second
     assert Counter(chain(*first)) == Counter(chain(*second))
     assert epoch(plan, 0) == first, "asking for another epoch in between changes nothing"
     assert epoch(Plan(samples[::-1], seed=1, batch_size=2), 1) == second
-    assert epoch(Plan(samples, seed=2, batch_size=2), 0) != first
+    assert epoch(Plan(samples, DATASETS, seed=2, batch_size=2), 0) != first
 
 
 def test_two_processes_see_the_global_batches_of_one_with_accumulation() -> None:
     samples = [sample(f"s{i}", BUCKETS[i % 3]) for i in range(23)]
-    alone = Plan(samples, seed=3, batch_size=2, accumulation=2)
-    together = Plan(samples, seed=3, batch_size=2, world=2)
+    alone = Plan(samples, DATASETS, seed=3, batch_size=2, accumulation=2)
+    together = Plan(samples, DATASETS, seed=3, batch_size=2, world=2)
     assert alone.steps_per_epoch == together.steps_per_epoch
     for step in range(2 * alone.steps_per_epoch):
         assert alone.micro_batches(step) == together.micro_batches(step)
@@ -94,7 +102,7 @@ def test_a_bucket_smaller_than_a_batch_is_padded_and_said() -> None:
 
 
 def test_alternative_captions_take_turns() -> None:
-    plan = Plan([sample("s", BUCKETS[0], repeats=1, captions=("a", "b", "c"))], seed=5, batch_size=1)
+    plan = Plan([sample("s", BUCKETS[0], repeats=1, captions=("a", "b", "c"))], DATASETS, seed=5, batch_size=1)
     captions = [plan.micro_batches(step)[0].captions[0] for step in range(6)]
     assert Counter(captions) == {"a": 2, "b": 2, "c": 2}
 
@@ -106,7 +114,7 @@ def test_epoch_of_counts_from_zero() -> None:
 
 def test_no_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
-        Plan([], seed=0, batch_size=1)
+        Plan([], DATASETS, seed=0, batch_size=1)
 
 
 def test_a_step_of_a_large_dataset_is_a_lookup() -> None:
@@ -121,7 +129,7 @@ def test_a_step_of_a_large_dataset_is_a_lookup() -> None:
 def test_two_threads_may_ask_for_two_epochs() -> None:
     """The loader reads ahead into the next epoch while the loop is in this one."""
     samples = [sample(f"{index}.mp4", Bucket(9, 64, 64)) for index in range(6)]
-    alone, shared = (Plan(samples, seed=0, batch_size=1) for _ in range(2))
+    alone, shared = (Plan(samples, DATASETS, seed=0, batch_size=1) for _ in range(2))
     expected = {step: alone.micro_batches(step) for step in (0, 6)}
     steps = [0, 6] * 500
     with ThreadPoolExecutor(2) as pool:

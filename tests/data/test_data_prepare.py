@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tuner.builtin.datasets.prepare import prepare
 from tuner.config.keys import CoreConfig
-from tuner.data.prepare import prepare
 from tuner.data.report import lines, show_report
 from tuner.data.samples import Bucket
 from tuner.errors import DataError
@@ -116,11 +116,12 @@ def test_a_missing_caption_is_an_error_before_anything_is_encoded(
 def test_a_square_crop_and_scaling_down_before_it(clips: Path, make_core: MakeCore, spec: ModelSpec) -> None:
     plain = prepare(make_core(clips, crop=True, resolution=32), spec).samples[-1]
     assert plain.bucket == Bucket(9, 32, 32)
-    assert (plain.framing.width, plain.framing.height) == (48, 32), "the whole height is shown"
+    assert (plain.views[0].framing.width, plain.views[0].framing.height) == (48, 32), "the whole height is shown"
     entry = {"crop": True, "resolution": 32, "resolution_type": "pixel"}
     zoomed = prepare(make_core(clips, **entry, maximum_image_size=60, target_downsample_size=48), spec).samples[-1]
-    assert (zoomed.framing.width, zoomed.framing.height) == (72, 48), "scaled to a shorter edge of 48, then cut"
-    assert (zoomed.framing.left, zoomed.framing.top) == (20, 8)
+    framing = zoomed.views[0].framing
+    assert (framing.width, framing.height) == (72, 48), "scaled to a shorter edge of 48, then cut"
+    assert (framing.left, framing.top) == (20, 8)
 
 
 def test_what_a_user_should_know_is_noted(clips: Path, make_core: MakeCore, spec: ModelSpec) -> None:

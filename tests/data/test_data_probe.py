@@ -15,9 +15,13 @@ import av
 import numpy as np
 import pytest
 
-from tuner.data import probe as probing
-from tuner.data.probe import INDEX_NAME, probe, scan
+from tuner.builtin.datasets import probe as probing
+from tuner.builtin.datasets.probe import INDEX_NAME, VIDEO_SUFFIXES, Probed, local_listing, scan
 from tuner.data.probe_file import VideoFacts, probe_file
+
+
+def probe_folder(folder: Path, index: Path, *, processes: int = 0) -> list[Probed]:
+    return probing.probe(local_listing(folder, VIDEO_SUFFIXES), index, processes=processes)
 
 
 def encode(path: Path, frames: int, *, codec: str = "libx264", **stream: object) -> None:
@@ -44,7 +48,7 @@ def test_facts_of_a_clip(clips: Path) -> None:
 @pytest.mark.parametrize(("name", "codec"), [("a.webm", "libvpx-vp9"), ("a.mov", "libx264"), ("a.mkv", "mpeg4")])
 def test_other_containers(tmp_path: Path, name: str, codec: str) -> None:
     encode(tmp_path / name, 11, codec=codec)
-    (found,) = probe(tmp_path, tmp_path / "index")
+    (found,) = probe_folder(tmp_path, tmp_path / "index")
     assert found.facts is not None
     assert (found.facts.width, found.facts.height, found.facts.frames) == (64, 48, 11)
 
@@ -62,7 +66,7 @@ def test_bad_files_are_recorded_with_their_reason(clips: Path, tmp_path: Path) -
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.mp4").write_text("this is no video")
     shutil.copy(clips / "wide.mp4", tmp_path / "good one 😀.mp4")
-    results = {each.name: each for each in probe(tmp_path, tmp_path / "index")}
+    results = {each.name: each for each in probe_folder(tmp_path, tmp_path / "index")}
     assert "empty" in results["empty.mp4"].reason
     assert "cannot be read" in results["text.mp4"].reason
     assert "cannot be read" in results["cut.mp4"].reason
@@ -101,7 +105,7 @@ def test_a_second_start_opens_only_what_changed(clips: Path, tmp_path: Path, mon
     folder = tmp_path / "clips"
     shutil.copytree(clips, folder)
     (folder / "bad.mp4").write_text("no video")
-    first = probe(folder, tmp_path / "index")
+    first = probe_folder(folder, tmp_path / "index")
     opened: list[str] = []
 
     def spy(path: Path) -> VideoFacts | str:
@@ -109,17 +113,17 @@ def test_a_second_start_opens_only_what_changed(clips: Path, tmp_path: Path, mon
         return probe_file(path)
 
     monkeypatch.setattr(probing, "probe_file", spy)
-    assert probe(folder, tmp_path / "index") == first
+    assert probe_folder(folder, tmp_path / "index") == first
     assert opened == []
     os.utime(folder / "wide.mp4", ns=(1, 1))
-    assert probe(folder, tmp_path / "index") == first
+    assert probe_folder(folder, tmp_path / "index") == first
     assert opened == ["wide.mp4"]
 
 
 def test_several_processes_find_the_same(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = probe(clips, tmp_path / "one", processes=1)
+    alone = probe_folder(clips, tmp_path / "one", processes=1)
     monkeypatch.setattr(probing, "FEW", 0)
-    assert probe(clips, tmp_path / "two", processes=2) == alone
+    assert probe_folder(clips, tmp_path / "two", processes=2) == alone
 
 
 def test_what_was_probed_before_an_interruption_is_kept(
@@ -136,28 +140,28 @@ def test_what_was_probed_before_an_interruption_is_kept(
     monkeypatch.setattr(probing, "WRITE_EVERY", 1)
     monkeypatch.setattr(probing, "probe_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        probe(clips, tmp_path)
-    again = probe(clips, tmp_path)
+        probe_folder(clips, tmp_path)
+    again = probe_folder(clips, tmp_path)
     assert len(calls) == 4, "only the one that was not finished is probed again"
     assert all(each.facts for each in again)
 
 
 def test_a_damaged_index_is_put_aside_and_made_again(clips: Path, tmp_path: Path) -> None:
-    first = probe(clips, tmp_path)
+    first = probe_folder(clips, tmp_path)
     (tmp_path / INDEX_NAME).write_bytes(b"not a database" * 100)
-    assert probe(clips, tmp_path) == first
+    assert probe_folder(clips, tmp_path) == first
     assert list(tmp_path.glob(f"{INDEX_NAME}.damaged-*"))
 
 
 def test_an_index_of_another_version_is_filled_afresh(clips: Path, tmp_path: Path) -> None:
-    first = probe(clips, tmp_path)
+    first = probe_folder(clips, tmp_path)
     connection = sqlite3.connect(tmp_path / INDEX_NAME)
     connection.execute("DROP TABLE files")
     connection.execute("CREATE TABLE files (path TEXT)")
     connection.execute("PRAGMA user_version = 999")
     connection.commit()
     connection.close()
-    assert probe(clips, tmp_path) == first
+    assert probe_folder(clips, tmp_path) == first
 
 
 def test_probing_processes_import_nothing_heavy() -> None:

@@ -24,18 +24,6 @@ class PendingKeys(PluginConfig):
     text_encoder_2_precision: str = key(
         "no_change", "Quantise a second text encoder.", pending="Wan has one text encoder"
     )
-    offload_during_startup: bool = key(
-        False,
-        "Keep only one encoder in memory while caching.",
-        pending="text encoder and VAE are never in memory together anyway",
-    )
-    compress_disk_cache: bool = key(False, "Compress cached tensors.", pending="the cache is written uncompressed")
-    delete_problematic_images: bool = key(
-        False, "Deal with files that cannot be decoded.", pending="bad files are listed and left where they are"
-    )
-    disable_bucket_pruning: bool = key(
-        False, "Keep buckets smaller than a batch.", pending="small buckets are always kept, padded by repetition"
-    )
     disable_benchmark: bool = key(
         False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
     )

@@ -8,8 +8,8 @@ import av
 import torch
 from torch import Tensor
 
-from tuner.data.probe_file import Unreadable, quarter_turns, video_stream
-from tuner.data.samples import Framing, Sample
+from tuner.data.pictures import Unreadable, quarter_turns, video_stream
+from tuner.data.samples import Framing, Sample, View
 from tuner.errors import DataError
 
 SWSCALE = 0x4 | 0x2000 | 0x40000 | 0x80000
@@ -21,8 +21,8 @@ HD_WIDTH, HD_HEIGHT = 1280, 576
 """Video that does not name its colours has those of high definition from this width, or above this height."""
 
 
-def decode(sample: Sample) -> Tensor:
-    """The pixels of a sample: (3, F, H, W) float32 in [-1, 1], F, H and W as its bucket says.
+def decode(sample: Sample, view: View) -> Tensor:
+    """The pixels of one view of a sample: (3, F, H, W) float32 in [-1, 1], F, H and W as its bucket says.
 
     Frames are taken from the beginning; nothing behind the last one is decoded. The frame is turned upright
     and stretched to square pixels as players do, resized with antialiased bicubic, and cut.
@@ -32,7 +32,7 @@ def decode(sample: Sample) -> Tensor:
     done = 0
     try:
         for frame in _frames(sample):
-            pixels[done] = _picture(frame, sample.framing, sample.bucket.height, sample.bucket.width)
+            pixels[done] = _picture(frame, view.framing, sample.bucket.height, sample.bucket.width)
             done += 1
             if done == sample.bucket.frames:
                 break

@@ -7,9 +7,9 @@ there are several processes each encodes its share.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -18,16 +18,15 @@ from torch import Tensor
 
 from tuner.data.decode import decode
 from tuner.data.fingerprint import fingerprint
-from tuner.data.prepare import Prepared
 from tuner.data.progress import progress
-from tuner.data.report import DataReport, Dropped
-from tuner.data.samples import Bucket, Sample
+from tuner.data.report import Dropped
+from tuner.data.samples import Bucket, Dataset, Prepared, Sample, View
 from tuner.data.store import Store, make_key
 from tuner.errors import DataError, ModelError
 from tuner.model import EncodeBatch, Encoded, EncodeKind, Model
 from tuner.run import Run
 
-ENCODING = 1
+ENCODING = 2
 """Bumped by hand when decoding, framing or the layout of entries changes what is stored (see the golden test)."""
 EMPTY_CAPTION = ""
 """Always encoded: what a sample is trained with when its caption is dropped."""
@@ -47,28 +46,36 @@ class EncodeHooks(Protocol):
 class CachedData:
     """The samples that are encoded, and their encodings."""
 
-    samples: tuple[Sample, ...]
-    report: DataReport
-    """the data report, with the clips that could not be encoded"""
+    prepared: Prepared
+    """what was prepared, without the samples that could not be encoded; its report names them"""
     encoded: int
     """entries made now, in all processes"""
     rebuilt: int
     """of these, entries that were there but damaged"""
     text_keys: dict[str, str]
-    video_keys: dict[str, str]
-    text_root: Path
-    video_roots: dict[str, Path]
+    video_keys: dict[tuple[str, int], str]
+    """by sample id and number of the view"""
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples that are trained on."""
+        return self.prepared.samples
+
+    @property
+    def datasets(self) -> Mapping[str, Dataset]:
+        """What holds for the samples of each dataset alike."""
+        return self.prepared.datasets
 
     def text(self, caption: str) -> dict[str, Tensor]:
         """The encoding of a caption: tensors whose first axis is its true length.
 
         Raises KeyError for a caption that was not asked for, DataError for a damaged entry.
         """
-        return Store(self.text_root).read(self.text_keys[caption])
+        return Store(self.prepared.text_cache).read(self.text_keys[caption])
 
-    def video(self, sample: Sample) -> dict[str, Tensor]:
-        """The encoding of a clip: ``latents`` (C, F', h, w) and whatever else the family stores."""
-        return Store(self.video_roots[sample.dataset_id]).read(self.video_keys[sample.sample_id])
+    def video(self, sample: Sample, view: int = 0) -> dict[str, Tensor]:
+        """The encoding of a clip's view: ``latents`` (C, F', h, w) and whatever else the family stores."""
+        return Store(sample.cache).read(self.video_keys[sample.sample_id, view])
 
 
 @dataclass
@@ -82,9 +89,9 @@ def text_key(caption: str, encoder: str) -> str:
     return make_key("text", ENCODING, encoder, caption)
 
 
-def video_key(sample: Sample, encoder: str) -> str:
-    """The name of a clip's entry: its content, what is taken of it, and the encoder; not where it lies."""
-    return make_key("video", ENCODING, encoder, sample.content_hash, sample.bucket, sample.framing)
+def video_key(sample: Sample, view: View, encoder: str) -> str:
+    """The name of the entry of a clip's view: its content, what is taken of it, the encoder; not where it lies."""
+    return make_key("video", ENCODING, encoder, sample.content_hash, sample.bucket, view)
 
 
 def build_cache(
@@ -107,30 +114,42 @@ def build_cache(
     it promised.
     """
     tally, show = _Tally(), show_progress and run.is_main
-    captions = [caption for sample in prepared.samples for caption in sample.captions]
+    samples = (*prepared.samples, *prepared.held_out)
+    captions = [caption for sample in samples for caption in sample.captions]
     text_encoder = _encoder(model, "text")
     text_keys = {caption: text_key(caption, text_encoder) for caption in [*captions, EMPTY_CAPTION, *extra_captions]}
-    text_root = prepared.datasets.text.cache_dir
     video_encoder = _encoder(model, "video")
-    video_keys = {sample.sample_id: video_key(sample, video_encoder) for sample in prepared.samples}
-    video_roots = {dataset.id: dataset.cache_dir_vae for dataset in prepared.datasets.videos}
+    video_keys = {
+        (sample.sample_id, index): video_key(sample, view, video_encoder)
+        for sample in samples
+        for index, view in enumerate(sample.views)
+    }
 
     encoder = _Encoder(run, model, hooks, tally, show)
     with torch.no_grad():
-        encoder.captions(text_keys, Store(text_root))
-        failures = encoder.clips(prepared.samples, video_keys, {id_: Store(root) for id_, root in video_roots.items()})
+        encoder.captions(text_keys, Store(prepared.text_cache))
+        failures = encoder.clips(samples, video_keys)
     failures, encoded, rebuilt = _everywhere(failures, tally)
-    samples = tuple(sample for sample in prepared.samples if sample.sample_id not in failures)
     counts = f"{encoded} entries encoded, {rebuilt} of them because they were damaged, {len(failures)} clips failed"
     run.log.info("cache: %s", counts)
-    if not samples:
+    left = _without(prepared, failures)
+    if not left.samples:
         reasons = "; ".join(f"{Path(name).name}: {reason}" for name, reason in list(failures.items())[:3])
         raise DataError(f"not one of {len(prepared.samples)} clips could be encoded ({reasons})")
-    failed = [
-        (_dropped(sample, failures), sample.bucket) for sample in prepared.samples if sample.sample_id in failures
-    ]
-    return CachedData(
-        samples, prepared.report.without(failed), encoded, rebuilt, text_keys, video_keys, text_root, video_roots
+    return CachedData(left, encoded, rebuilt, text_keys, video_keys)
+
+
+def _without(prepared: Prepared, failures: dict[str, str]) -> Prepared:
+    """``prepared`` without the samples that failed, which its report then names."""
+    if not failures:
+        return prepared
+    everything = (*prepared.samples, *prepared.held_out)
+    failed = [(_dropped(sample, failures), sample.bucket) for sample in everything if sample.sample_id in failures]
+    return replace(
+        prepared,
+        samples=tuple(sample for sample in prepared.samples if sample.sample_id not in failures),
+        held_out=tuple(sample for sample in prepared.held_out if sample.sample_id not in failures),
+        report=prepared.report.without(failed),
     )
 
 
@@ -170,13 +189,17 @@ class _Encoder:
                     store.write(key, tensors, {"kind": "text", "caption": caption})
                 self._done(len(batch), advance)
 
-    def clips(self, samples: Sequence[Sample], keys: dict[str, str], stores: dict[str, Store]) -> dict[str, str]:
-        """Encode the clips whose entry is missing or damaged; the reason by sample id for each that failed."""
-        wanted = [(sample, keys[sample.sample_id], stores[sample.dataset_id]) for sample in samples]
+    def clips(self, samples: Sequence[Sample], keys: dict[tuple[str, int], str]) -> dict[str, str]:
+        """Encode the views whose entry is missing or damaged; the reason by sample id for each clip that failed."""
+        wanted = [
+            ((sample, view), keys[sample.sample_id, index], Store(sample.cache))
+            for sample in samples
+            for index, view in enumerate(sample.views)
+        ]
         missing = self._missing(wanted, "clips")
         by_bucket: dict[Bucket, list[_Job]] = defaultdict(list)
         for job in missing:
-            by_bucket[job[0].bucket].append(job)
+            by_bucket[job[0][0].bucket].append(job)
         size = self.run.config.vae_batch_size
         batches = [batch for jobs in by_bucket.values() for batch in _chunks(jobs, size)]
         failures: dict[str, str] = {}
@@ -200,7 +223,7 @@ class _Encoder:
     def _encode_clips(self, batch: list[_Job], decoded: list[Tensor | str], failures: dict[str, str]) -> None:
         """Encode one batch and store it; a batch that fails is tried clip by clip, to name the one at fault."""
         good = [(job, pixels) for job, pixels in zip(batch, decoded, strict=True) if isinstance(pixels, Tensor)]
-        for (sample, _, _), reason in zip(batch, decoded, strict=True):
+        for ((sample, _), _, _), reason in zip(batch, decoded, strict=True):
             if isinstance(reason, str):
                 self._fail(sample, reason, failures)
         try:
@@ -211,14 +234,14 @@ class _Encoder:
                     self._encode_clips([each[0]], [each[1]], failures)
             else:
                 self.run.log.debug("encoding failed", exc_info=error)
-                self._fail(good[0][0][0], f"{type(error).__name__}: {error}", failures)
+                self._fail(good[0][0][0][0], f"{type(error).__name__}: {error}", failures)
 
     def _encode_and_store(self, good: Sequence[tuple[_Job, Tensor]]) -> None:
         if not good:
             return
         pixels = torch.stack([pixels for _, pixels in good])
         encoded = self._encode(EncodeBatch("video", pixels=pixels), len(good))
-        for ((sample, key, store), _), tensors in zip(good, encoded, strict=True):
+        for (((sample, _), key, store), _), tensors in zip(good, encoded, strict=True):
             self._check_shape(sample, tensors)
             if not _is_finite(tensors):
                 raise ArithmeticError("the encoder gives non-finite numbers")
@@ -275,15 +298,15 @@ class _Encoder:
         advance(count)
 
 
-_Job = tuple[Sample, str, Store]
+_Job = tuple[tuple[Sample, View], str, Store]
 
 
 def _decode_all(batch: Sequence[_Job]) -> list[Tensor | str]:
     """The pixels of each clip, or the reason why there are none."""
     decoded: list[Tensor | str] = []
-    for sample, _, _ in batch:
+    for (sample, view), _, _ in batch:
         try:
-            decoded.append(decode(sample))
+            decoded.append(decode(sample, view))
         except DataError as error:
             decoded.append(error.what)
     return decoded
@@ -296,9 +319,13 @@ def _chunks(items: Sequence[T], size: int) -> list[list[T]]:
 def _spread(failures: dict[str, str], wanted: Sequence[_Job]) -> dict[str, str]:
     """Failures with every other sample that shares a failed entry: equal files fail alike."""
     reasons = {
-        (key, store.root): failures[sample.sample_id] for sample, key, store in wanted if sample.sample_id in failures
+        (key, store.root): failures[sample.sample_id]
+        for (sample, _), key, store in wanted
+        if sample.sample_id in failures
     }
-    return {sample.sample_id: reasons[key, store.root] for sample, key, store in wanted if (key, store.root) in reasons}
+    return {
+        sample.sample_id: reasons[key, store.root] for (sample, _), key, store in wanted if (key, store.root) in reasons
+    }
 
 
 def _is_finite(tensors: dict[str, Tensor]) -> bool:

@@ -88,7 +88,7 @@ class Loader:
     def _read(self, step: int, slot: int) -> LoadedBatch:
         micro = self.plan.micro_batches(step)[slot]
         captions = self._captions(micro, step)
-        clips = [self.cached.video(sample) for sample in micro.samples]
+        clips = [self.cached.video(sample, view) for sample, view in zip(micro.samples, micro.views, strict=True)]
         video = {name: self._pinned(torch.stack([clip[name] for clip in clips])) for name in clips[0]}
         text = {name: self._pinned(tensor) for name, tensor in collate_text([*map(self.cached.text, captions)]).items()}
         return LoadedBatch(

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
 from tuner import rng
-from tuner.data.samples import Bucket, Sample
+from tuner.data.samples import Bucket, Dataset, Sample, Schedule
 
 T = TypeVar("T")
 
@@ -32,6 +32,8 @@ class MicroBatch:
     """the caption of each sample in this epoch"""
     positions: tuple[int, ...]
     """position of each sample in the global batch of its optimizer step"""
+    views: tuple[int, ...]
+    """which of its views each sample is shown in"""
 
     @property
     def bucket(self) -> Bucket:
@@ -51,23 +53,34 @@ class Plan:
     """Which samples each optimizer step trains on, for any number of processes."""
 
     def __init__(
-        self, samples: Sequence[Sample], *, seed: int, batch_size: int, accumulation: int = 1, world: int = 1
+        self,
+        samples: Sequence[Sample],
+        datasets: Mapping[str, Dataset] | None = None,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        world: int = 1,
     ) -> None:
         """Plan over ``samples``; their order does not matter.
 
         Arguments
+            datasets: how often and when each dataset is shown; once, always, when absent.
             batch_size: samples per micro-batch.
             accumulation: micro-batches per optimizer step and process.
             world: processes.
         """
         if not samples:
             raise ValueError("a plan needs at least one sample")
+        self.datasets = datasets or {}
         self.seed, self.batch_size, self.per_step = seed, batch_size, accumulation * world
         by_bucket: dict[Bucket, list[Sample]] = defaultdict(list)
         for sample in sorted(samples, key=lambda each: each.sample_id):
             by_bucket[sample.bucket].append(sample)
         self._buckets = {
-            bucket: [_Turn(sample, repeat) for sample in members for repeat in range(1 + sample.repeats)]
+            bucket: [
+                _Turn(sample, repeat) for sample in members for repeat in range(1 + self._schedule(sample).repeats)
+            ]
             for bucket, members in sorted(by_bucket.items())
         }
         self.micro_batches_per_epoch = sum(math.ceil(len(turns) / batch_size) for turns in self._buckets.values())
@@ -111,7 +124,16 @@ class Plan:
             samples=tuple(turn.sample for turn in turns),
             captions=tuple(self._caption(turn, epoch) for turn in turns),
             positions=tuple(range(first, first + len(turns))),
+            views=tuple(self._turn(turn, epoch) % len(turn.sample.views) for turn in turns),
         )
+
+    def _schedule(self, sample: Sample) -> Schedule:
+        dataset = self.datasets.get(sample.dataset_id)
+        return Schedule() if dataset is None else dataset.schedule
+
+    def _turn(self, turn: _Turn, epoch: int) -> int:
+        """How often the sample was shown before this turn, over all epochs."""
+        return epoch * (1 + self._schedule(turn.sample).repeats) + turn.repeat
 
     def _caption(self, turn: _Turn, epoch: int) -> str:
         """The alternatives of a sample take turns over its appearances, from a start of its own."""
@@ -119,7 +141,7 @@ class Plan:
         if len(captions) == 1:
             return captions[0]
         start = rng.derive_seed(self.seed, f"caption/{turn.sample.sample_id}")
-        return captions[(start + epoch * (1 + turn.sample.repeats) + turn.repeat) % len(captions)]
+        return captions[(start + self._turn(turn, epoch)) % len(captions)]
 
     def _order(self, epoch: int) -> list[list[_Turn]]:
         """All micro-batches of an epoch, in order, filled to whole steps."""

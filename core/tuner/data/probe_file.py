@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-from av.container import InputContainer
-from av.video.stream import VideoStream
 
+from tuner.data.pictures import Unreadable, quarter_turns, video_stream
 from tuner.files import sha256_of
 
 HIDDEN_FRAMES = frozenset({"vp8", "vp9", "av1"})
@@ -28,10 +27,6 @@ class VideoFacts(NamedTuple):
     """seconds"""
 
 
-class Unreadable(Exception):
-    """A file that cannot be used as a video; the message is the reason."""
-
-
 def probe_file(path: Path) -> VideoFacts | str:
     """Facts about a video file, or the reason why it cannot be decoded. Never raises for a bad file."""
     try:
@@ -44,19 +39,6 @@ def probe_file(path: Path) -> VideoFacts | str:
         return str(error)
     except (av.FFmpegError, OSError, ValueError) as error:
         return f"cannot be read as a video: {getattr(error, 'strerror', None) or error}"
-
-
-def video_stream(container: InputContainer) -> VideoStream:
-    """The first video stream of an open file; :class:`Unreadable` when there is none."""
-    if not container.streams.video:
-        raise Unreadable("has no video stream")
-    return container.streams.video[0]
-
-
-def quarter_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns that show a frame upright, from its display matrix."""
-    turns: int = round(frame.rotation / 90) % 4
-    return turns
 
 
 def _first_frame(path: Path) -> tuple[int, int, float]:

@@ -1,9 +1,14 @@
-"""The words of the data path: a bucket, a framing, a sample. Light on purpose: neither torch nor PyAV."""
+"""The words of the data path: a bucket, a view, a sample. Light on purpose: neither torch nor PyAV."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tuner.data.report import DataReport
 
 
 @dataclass(frozen=True, order=True)
@@ -15,7 +20,7 @@ class Bucket:
     width: int
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.frames} frames"
+        return f"{self.width}x{self.height}, {self.frames} frame{'s' * (self.frames > 1)}"
 
     @property
     def cost(self) -> int:
@@ -37,11 +42,38 @@ class Framing:
 
 
 @dataclass(frozen=True)
+class View:
+    """What is taken of a source: which of its frames, and which part of each."""
+
+    framing: Framing
+    start: int = 0
+    """the first frame taken, counted in the source from 0"""
+    fps: float | None = None
+    """take the frames shown at this rate (by timestamp, from the first one on); None takes every frame as it is"""
+
+    def __str__(self) -> str:
+        rate = "" if self.fps is None else f" at {self.fps:g} fps"
+        return f"{self.framing} from frame {self.start}{rate}"
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file that belongs to a sample: its mask, a first or a last frame."""
+
+    role: str
+    """``mask``, ``first_frame``, ``last_frame``"""
+    path: Path
+    content_hash: str
+    """SHA-256 of the file"""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One clip that is trained on, with all that decides what the network sees of it."""
+    """One clip or picture (a clip of one frame), with all that decides what the network sees of it."""
 
     sample_id: str
-    """``<dataset id>/<path inside the dataset's folder>``: the same on every machine and in every run"""
+    """``<dataset id>/<path inside the dataset's folder>``, with ``#<n>`` for the n-th window of a clip that gives
+    several: the same on every machine and in every run"""
     dataset_id: str
     path: Path
     content_hash: str
@@ -54,7 +86,61 @@ class Sample:
     frames: int
     """frames of the source"""
     fps: float
+    """frames per second of the source; 0 for a picture"""
     bucket: Bucket
-    framing: Framing
+    views: tuple[View, ...]
+    """at least one; epochs take turns, and all of them are encoded up front"""
+    cache: Path
+    """root of the store that holds its encodings"""
+    companions: tuple[Companion, ...] = ()
+
+    def companion(self, role: str) -> Companion | None:
+        """The file of that role, if there is one."""
+        return next((each for each in self.companions if each.role == role), None)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often, and when, the samples of a dataset are shown."""
+
     repeats: int = 0
     """extra passes per epoch; 0 is once"""
+    probability: float = 1.0
+    """share of the passes that an epoch holds: 0.5 shows another half of them in every epoch"""
+    start_epoch: int = 1
+    """the first epoch, counted from 1"""
+    end_epoch: int | None = None
+    """the last epoch; None is never"""
+    start_step: int = 0
+    """optimizer steps done before it joins"""
+    end_step: int | None = None
+    """optimizer steps done when it leaves; None is never"""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What holds for all samples of a dataset alike."""
+
+    dataset_id: str
+    schedule: Schedule = Schedule()
+    caption_dropout: float | None = None
+    """probability of the empty caption; None is the run's own"""
+    regularisation: bool = False
+    """its samples hold the model to what the base predicts"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run, ready to be encoded: what the hook ``prepare_data`` answers."""
+
+    samples: tuple[Sample, ...]
+    """trained on, in order of dataset and path"""
+    datasets: Mapping[str, Dataset]
+    """by id: those of ``samples`` and of ``held_out``"""
+    text_cache: Path
+    """root of the store of encoded captions"""
+    report: DataReport
+    held_out: tuple[Sample, ...] = ()
+    """never trained on: for the loss on clips the model has not seen"""
+    caches: tuple[Path, ...] = field(default=())
+    """every folder that may hold encodings of these datasets, those of datasets without a sample too"""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from tuner.builtin.datasets.entries import KINDS
 from tuner.config.data_keys import DataKeys
 from tuner.config.describe import allowed, facts, model_in, shown_default
 from tuner.config.keys import CoreConfig
@@ -15,7 +16,6 @@ from tuner.config.owners import CORE, OPEN_VALUES
 from tuner.config.pending_keys import PendingKeys
 from tuner.config.train_keys import FlowKeys, TrainKeys
 from tuner.config.validation_keys import ValidationKeys
-from tuner.data.datasets import KINDS
 from tuner.plugin import AnyPlugin
 from tuner.selection import DISTRIBUTION, Catalog
 

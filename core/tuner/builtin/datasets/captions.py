@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tuner.data.datasets import VideoDataset
+from tuner.builtin.datasets.entries import Trained
+from tuner.data.source import Listing
 from tuner.errors import DataError
 
 NAMED = 10
@@ -36,7 +37,9 @@ def read_alternatives(file: Path) -> tuple[str, ...]:
     return lines
 
 
-def captions_of(dataset: VideoDataset, clips: Iterable[Path]) -> dict[Path, tuple[str, ...]]:
+def captions_of(
+    dataset: Trained, listing: Listing, clips: Iterable[Path], *, seed: int = 0
+) -> dict[Path, tuple[str, ...]]:
     """The captions of each clip, by the dataset's ``caption_strategy``; at least one for each.
 
     Raises DataError naming the clips whose caption file is missing and the file that was expected.

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tuner.data.probe_file import VideoFacts, probe_file
 from tuner.data.progress import log, progress
+from tuner.data.source import Found, Listing
 from tuner.errors import DataError
 
 VIDEO_SUFFIXES = frozenset(
@@ -41,6 +42,7 @@ VIDEO_SUFFIXES = frozenset(
         ".wmv",
     )
 )
+PICTURE_SUFFIXES = frozenset((".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 INDEX_NAME = "probe.sqlite3"
 INDEX_VERSION = 1
 """Bumped when probing learns something new: an index of another version is filled afresh."""
@@ -49,16 +51,6 @@ FEW = 16
 WRITE_EVERY = 64
 _COLUMNS = "path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, reason TEXT, sha256 TEXT, width INTEGER, \
 height INTEGER, frames INTEGER, fps REAL, duration REAL"
-
-
-class Found(NamedTuple):
-    """A file in a dataset's folder, and what it is known by: while all three are the same, so is its content."""
-
-    path: str
-    """absolute; text and not a Path, because there may be a hundred thousand of them"""
-    size: int
-    """bytes"""
-    mtime_ns: int
 
 
 class Probed(NamedTuple):
@@ -70,8 +62,13 @@ class Probed(NamedTuple):
     reason: str = ""
 
 
-def scan(folder: Path) -> list[Found]:
-    """Every video file under ``folder`` (by suffix, hidden files and folders left out), sorted by path."""
+def local_listing(folder: Path, suffixes: Collection[str]) -> Listing:
+    """The files of a local folder."""
+    return Listing(Path(os.path.abspath(folder)), scan(folder, suffixes))  # noqa: PTH100
+
+
+def scan(folder: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> list[Found]:
+    """Every file under ``folder`` with one of ``suffixes`` (hidden files and folders left out), sorted by path."""
     found: list[Found] = []
     # Not resolve(): the names of people's files are kept, where they are links too.
     pending, seen = [os.path.abspath(folder)], set()  # noqa: PTH100
@@ -88,26 +85,26 @@ def scan(folder: Path) -> list[Found]:
                 with suppress(FileNotFoundError):  # a link to nowhere
                     if entry.is_dir():
                         pending.append(entry.path)
-                    elif os.path.splitext(entry.name)[1].lower() in VIDEO_SUFFIXES:  # noqa: PTH122
+                    elif os.path.splitext(entry.name)[1].lower() in suffixes:  # noqa: PTH122
                         status = entry.stat()
                         found.append(Found(entry.path, status.st_size, status.st_mtime_ns))
     return sorted(found)
 
 
-def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool = True) -> list[Probed]:
-    """Every video file under ``folder`` with its facts, in order of path.
+def probe(listing: Listing, index: Path, *, processes: int = 0, show_progress: bool = True) -> list[Probed]:
+    """Every file of ``listing`` with its facts, in the same order.
 
     Arguments
         index: folder of the index; made when absent.
         processes: how many probe new files; 0 is one per core.
     Raises DataError when the index cannot be written.
     """
-    found = scan(folder)
+    found = listing.files
     try:
         with closing(_open(index / INDEX_NAME)) as connection:
             known = _known(connection)
             new = [each for each in found if each not in known]
-            with progress(f"probing {folder.name}", len(new), show=show_progress) as advance:
+            with progress(f"probing {listing.root.name}", len(new), show=show_progress) as advance:
                 for batch in _batched(_probe_all(new, processes, advance), WRITE_EVERY):
                     known.update(batch)
                     _record(connection, batch)
@@ -117,7 +114,7 @@ def probe(folder: Path, index: Path, *, processes: int = 0, show_progress: bool 
             where=index / INDEX_NAME,
             remedy="free the disk or choose another cache_dir_vae",
         ) from error
-    start = len(os.path.abspath(folder)) + 1  # noqa: PTH100
+    start = len(str(listing.root)) + 1
     results = ((each.path[start:], known[each]) for each in found)
     return [Probed(name, None, result) if isinstance(result, str) else Probed(name, result) for name, result in results]
 

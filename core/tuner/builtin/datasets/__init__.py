@@ -1,0 +1,24 @@
+"""Datasets as people have them: from the list in ``data_backend_config`` to the samples of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tuner.hookspecs import hookimpl
+from tuner.plugin import Plugin, PluginConfig
+
+if TYPE_CHECKING:
+    from tuner.data.samples import Prepared
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+
+
+class DatasetsPlugin(Plugin[PluginConfig]):
+    """Finds, probes, captions and buckets the files of ``data_backend_config``."""
+
+    @hookimpl
+    def prepare_data(self, run: Run, spec: ModelSpec) -> Prepared:
+        """Everything between people's folders and the samples of the run."""
+        from tuner.builtin.datasets.prepare import prepare
+
+        return prepare(run.config, spec, run.data_sources, show_progress=run.is_main)
