@@ -55,9 +55,8 @@ class Manager(pluggy.PluginManager):
                     remedy="load one of them",
                 )
             if name in REQUIRED and not answering:
-                raise PluginError(
-                    f"no loaded plugin implements the hook {name!r}", remedy="load a model family that does"
-                )
+                whose = "the built-in plugin 'datasets'" if name == "prepare_data" else "a model family that does"
+                raise PluginError(f"no loaded plugin implements the hook {name!r}", remedy=f"load {whose}")
 
     def answering(self, hook_name: str) -> list[str]:
         """Names of the plugins that answer this hook themselves, in calling order; wrappers do not answer."""

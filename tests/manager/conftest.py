@@ -26,6 +26,10 @@ class Family(Plugin[PluginConfig]):
         return "described"
 
     @tuner.hookimpl
+    def prepare_data(self, run: Any, spec: Any) -> str:
+        return "prepared"
+
+    @tuner.hookimpl
     def load_model(self, run: Any) -> str:
         return "loaded"
 

@@ -163,4 +163,10 @@ def test_registry_merges_and_refuses_two_offers_of_one_name() -> None:
 
 
 def test_hooks_of_lists_what_a_class_implements(make_catalog: MakeCatalog) -> None:
-    assert hooks_of(make_catalog().load("fake")) == ["compute_loss", "describe_model", "encode_batch", "load_model"]
+    assert hooks_of(make_catalog().load("fake")) == [
+        "compute_loss",
+        "describe_model",
+        "encode_batch",
+        "load_model",
+        "prepare_data",
+    ]

@@ -38,6 +38,15 @@ class Scribe(Plugin[PluginConfig]):
         return {}
 
     @hookimpl
+    def data_sources(self, run):
+        self.note("data_sources", run, described=run.spec is not None)
+        return {}
+
+    @hookimpl
+    def data_ready(self, run, spec, data):
+        self.note("data_ready", run, samples=len(data.samples))
+
+    @hookimpl
     def check_model(self, run, spec):
         self.note("check_model", run, blocks=spec.networks[0].blocks)
 
@@ -180,7 +189,9 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     assert before[: start + 1] == [
         "configure",
         "token_selectors",
+        "data_sources",
         "check_model",
+        "data_ready",
         "model_transforms",
         "extra_captions",
         "on_train_start",
@@ -199,7 +210,9 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
 def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     assert facts(calls, "configure") == [{"spec": None}]
     assert facts(calls, "token_selectors") == [{"described": True}]
+    assert facts(calls, "data_sources") == [{"described": True}]
     assert facts(calls, "check_model") == [{"blocks": 4}]
+    assert facts(calls, "data_ready") == [{"samples": 2}]
     assert facts(calls, "model_transforms") == [{"meta": True}]
     assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]
     assert all(each == {"training": False, "gradients": False} for each in facts(calls, "validate"))

@@ -8,6 +8,7 @@ import math
 import pytest
 from safetensors.torch import load_file
 
+from tuner.builtin import BUILTINS
 from tuner.errors import CheckpointError, ConfigError, DataError
 
 
@@ -21,7 +22,7 @@ def test_a_run_trains_logs_and_saves(job, steps_of):
     assert any((before[name] != after[name]).any() for name in before)
     manifest = json.loads((output / "checkpoint-8" / "manifest.json").read_text())
     assert manifest["step"] == 8
-    assert manifest["plugins"] == sorted(["toy", "full", "lora", "sampling"])
+    assert manifest["plugins"] == sorted(["toy", *BUILTINS])
     assert manifest["config"]["learning_rate"] == 1e-2
     assert (output / "checkpoint-8" / "pytorch_lora_weights.safetensors").is_file()
 
