@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tuner.blocks import BlockStack, Residency, Trampoline
+from tuner.blocks import BlockStack, Residency, StepContext, Trampoline
+from tuner.errors import PluginError
 from tuner.spec import ModelSpec, NetworkSpec
 
 EncodeKind = Literal["text", "video", "conditioning"]
@@ -59,6 +60,9 @@ class Adapter:
     """Copy a state into the existing tensors (never replaces their storage). Raises CheckpointError on other names."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """rank, alpha and the like, for file metadata"""
+    disabled: Callable[[], AbstractContextManager[None]] | None = None
+    """While entered, the network computes as if it had never been adapted; what requires a gradient stays as it is.
+    None where there is no way back to the base, as in training the network itself."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,32 @@ class Network:
         """The network's name, e.g. ``transformer``."""
         return self.spec.name
 
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """While entered, the network as it was before training: adapter off, evaluation mode, no gradient, no routes.
+
+        Residency stays: the weights may live elsewhere. All is restored on exit. Raises PluginError where the
+        adapter cannot be switched off.
+        """
+        if self.adapter is not None and self.adapter.disabled is None:
+            raise PluginError(
+                f"the base of network {self.name!r} cannot be run: its adapter ({self.adapter.kind}) "
+                "cannot be switched off",
+                remedy="train a LoRA, or leave out what needs the base's own prediction",
+            )
+        context = self.trampoline.context
+        modes = [(each, each.training) for each in self.module.modules()]
+        disabled = self.adapter.disabled() if self.adapter and self.adapter.disabled else nullcontext()
+        with disabled, torch.no_grad():
+            try:
+                self.module.eval()
+                self.trampoline.context = StepContext(residency=self.residency)
+                yield
+            finally:
+                self.trampoline.context = context
+                for module, training in modes:
+                    module.training = training
+
 
 @dataclass(frozen=True)
 class Component:
@@ -167,6 +197,13 @@ class Batch:
     target: Tensor
     """noise - latents"""
     keep_at_least: int = 0
+    """the largest number of forced tokens of its samples: no route may keep fewer"""
+    mask: Tensor | None = None
+    """(B, 1, F', h, w) float32 in [0, 1]: how much each place counts in the loss; None is everywhere alike"""
+    forced: Tensor | None = None
+    """(B, S) bool: tokens that no route may drop; None is none of them"""
+    regularisation: tuple[bool, ...] = ()
+    """Which samples hold the model to its base; empty is none of them."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +273,13 @@ class Model(ABC):
                 held, count = self._held.pop(name)
                 if count > 1:
                     self._held[name] = (held, count - 1)
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> Tensor:
+        """Velocity (B, C, F', h, w) that the active network predicts for ``batch.noisy`` at ``batch.sigmas``.
+
+        It reads nothing else of the noise fields, and neither target nor mask.
+        """
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tuner.blocks import install
 from tuner.config.keys import CoreConfig
-from tuner.model import Model, Network, SampleRequest
+from tuner.model import Batch, Model, Network, SampleRequest
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
 from tuner_wan.names import RENAME
@@ -25,6 +25,9 @@ TRANSFORMER = NetworkSpec("transformer", 2, 24, 2, 32, 16, 512, 16)
 
 class NetworkOnly(Model):
     """A model of which a test needs the networks alone."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
     def sample(self, request: SampleRequest) -> Tensor:
         raise NotImplementedError

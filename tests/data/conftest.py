@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tuner.config.keys import CoreConfig
-from tuner.model import Component, EncodeBatch, Encoded, Model, SampleRequest
+from tuner.model import Batch, Component, EncodeBatch, Encoded, Model, SampleRequest
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec
 from tuner.testing.clips import render_clip
@@ -97,6 +97,9 @@ class FakeModel(Model):
             return module
 
         return Component(load, (path,), {"precision": "float32"})
+
+    def predict(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
 
     def sample(self, request: SampleRequest) -> Tensor:
         raise NotImplementedError

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tuner import flow
 from tuner.blocks import RouteRequest, StepContext, TokenRoute
 from tuner.config.describe import facts
 from tuner.config.keys import CoreConfig
@@ -250,6 +252,17 @@ class FamilyContract:
             name for name, gradient in gradients.items() if gradient is None or not torch.isfinite(gradient).all()
         ]
         assert not missing, f"no finite gradient: {missing}"
+
+    def test_loss_is_that_of_the_prediction(self, bench: FamilyBench) -> None:
+        """``predict`` gives a velocity for each latent, ``compute_loss`` compares it, and no target is looked at."""
+        model, batch = bench.load(), bench.batch(bench.hand_over())
+        with torch.no_grad():
+            prediction = model.predict(batch)
+            compared = bench.hook.compute_loss(run=bench.run, model=model, batch=batch).per_sample
+            blind = model.predict(replace(batch, target=torch.full_like(batch.target, float("nan"))))
+        assert prediction.shape == batch.latents.shape
+        assert torch.equal(compared, flow.loss(bench.run.config, prediction, batch).per_sample)
+        assert torch.equal(prediction, blind)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_driver_equals_the_networks_own_forward(self, bench: FamilyBench, checkpointing: bool) -> None:

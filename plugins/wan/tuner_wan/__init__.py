@@ -46,6 +46,6 @@ class WanPlugin(Plugin[WanConfig]):
     @hookimpl
     def compute_loss(self, run: Run, model: Model, batch: Batch) -> Loss:
         """The flow-matching loss of one micro-batch."""
-        from tuner_wan.training import compute_loss
+        from tuner import flow
 
-        return compute_loss(run, model, batch)
+        return flow.loss(run.config, model.predict(batch), batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tuner.model import Component, Model, Network, SampleRequest
+from tuner.model import Batch, Component, Model, Network, SampleRequest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,12 @@ class WanModel(Model):
         self.scheduler_config = dict(scheduler_config)
         self.flow_shift = flow_shift
         """Shift of the sampler where a request names none."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Velocity (B, C, F', h, w) of ``batch.noisy`` at ``batch.sigmas``."""
+        from tuner_wan.training import predict
+
+        return predict(self.network, batch)
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Normalised latents (1, C, F', h, w) of a rendered clip, through the network's own forward, without routes."""

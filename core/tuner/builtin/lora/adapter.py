@@ -7,6 +7,7 @@ lives, and are initialised on the CPU: their start depends on neither.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,23 @@ def attach(network: Network, settings: LoraSettings, device: torch.device) -> Ad
         state=lambda: {name: parameter.detach() for name, parameter in parameters.items()},
         load=lambda state: copy_into(parameters, state, what=f"LoRA of network {network.name!r}"),
         settings=_described(settings),
+        disabled=lambda: without_lora(module),
     )
+
+
+@contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """While entered, the LoRA layers of ``module`` compute their base layers alone; each is then as it was."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    before = [layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            # Not enable_adapters(): it switches off, and then on for all, what requires a gradient.
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _initialise(module: nn.Module, settings: LoraSettings, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:

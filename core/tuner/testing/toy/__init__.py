@@ -59,9 +59,8 @@ class ToyPlugin(Plugin[ToyConfig]):
     def compute_loss(self, run: Run, model: Model, batch: Batch) -> Loss:
         """The flow-matching loss of the network's prediction."""
         from tuner import flow
-        from tuner.testing.toy.model import predict
 
-        return flow.loss(run.config, predict(model.network, batch.noisy, batch.sigmas, batch.text["states"]), batch)
+        return flow.loss(run.config, model.predict(batch), batch)
 
 
 def build_toy(path: Path, **settings: Any) -> Path:

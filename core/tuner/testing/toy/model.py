@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tuner import flow
 from tuner.blocks import install
-from tuner.model import Component, EncodeBatch, Encoded, Model, Network, SampleRequest
+from tuner.model import Batch, Component, EncodeBatch, Encoded, Model, Network, SampleRequest
 from tuner.testing.toy.describe import CONFIG, NETWORK, WEIGHTS, ToyDimensions, describe, model_folder, read_dimensions
 from tuner.testing.toy.networks import ToyTextEncoder, ToyTransformer, ToyVae
 from tuner.testing.toy.stack import ToyStack
@@ -85,7 +85,7 @@ def encode(model: Model, batch: EncodeBatch) -> Encoded:
     return [{"latents": each.contiguous()} for each in latents]
 
 
-def predict(network: Network, noisy: Tensor, sigmas: Tensor, states: Tensor) -> Tensor:
+def velocity(network: Network, noisy: Tensor, sigmas: Tensor, states: Tensor) -> Tensor:
     """The velocity (B, C, F', h, w) at ``sigmas`` (B,); text ``states`` (B, L, T) are padded to full length."""
     text = functional.pad(states, (0, 0, 0, network.spec.text_tokens - states.shape[1]))
     prediction: Tensor = network.module(noisy, sigmas * 1000, text)
@@ -94,6 +94,10 @@ def predict(network: Network, noisy: Tensor, sigmas: Tensor, states: Tensor) -> 
 
 class ToyModel(Model):
     """Sampling by Euler steps along the flow."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Velocity (B, C, F', h, w) of ``batch.noisy`` at ``batch.sigmas``."""
+        return velocity(self.network, batch.noisy, batch.sigmas, batch.text["states"])
 
     @torch.no_grad()
     def sample(self, request: SampleRequest) -> Tensor:
@@ -106,21 +110,21 @@ class ToyModel(Model):
         latents, shift = latents.to(device), request.flow_shift or 1.0
         sigmas = flow.shift_sigmas(torch.linspace(1, 0, request.steps + 1, device=device), shift)
         for step in range(request.steps):
-            velocity = self._guided(request, latents, sigmas[step : step + 1])
-            latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+            guided = self._guided(request, latents, sigmas[step : step + 1])
+            latents = latents + (sigmas[step + 1] - sigmas[step]) * guided
             if request.on_step is not None:
                 request.on_step(step + 1)
         return latents
 
     def _guided(self, request: SampleRequest, latents: Tensor, sigmas: Tensor) -> Tensor:
-        def velocity(prompt: Mapping[str, Tensor]) -> Tensor:
+        def along(prompt: Mapping[str, Tensor]) -> Tensor:
             states = prompt["states"].to(latents.device).unsqueeze(0)
-            return predict(self.network, latents, sigmas, states).float()
+            return velocity(self.network, latents, sigmas, states).float()
 
-        wanted = velocity(request.prompt)
+        wanted = along(request.prompt)
         if request.guidance == 1:
             return wanted
-        unwanted = velocity(request.negative)
+        unwanted = along(request.negative)
         return unwanted + request.guidance * (wanted - unwanted)
 
     @torch.no_grad()
