@@ -19,7 +19,7 @@ def dataset(folder: Path, **values: object) -> VideoDataset:
 
 
 def captions_of(dataset: VideoDataset, clips: list[Path]) -> dict[Path, tuple[str, ...]]:
-    return captions.captions_of(dataset, Listing(Path(), ()), clips)
+    return dict(captions.captions_of(dataset, Listing(Path(), ()), clips).by_clip)
 
 
 @pytest.mark.parametrize(

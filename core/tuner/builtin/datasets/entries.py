@@ -15,6 +15,11 @@ from pydantic import field_validator
 from tuner.config.coerce import coerce_fields
 from tuner.plugin import PluginConfig, key
 
+LOCAL = "local"
+"""The ``type`` of what is in a folder on this machine."""
+TABLES = ("parquet", "csv", "jsonl")
+"""Tables that may list files and captions."""
+
 
 class CaptionShuffle(PluginConfig):
     """Makes alternatives of a caption by shuffling its parts."""
@@ -36,7 +41,8 @@ class VideoFrames(PluginConfig):
     )
     max_frames: int | None = key(None, "Leave out clips with more frames.", ge=1)
     frame_buckets: tuple[int, ...] | None = key(
-        None, "Several lengths: a clip is trained at the longest one it fills. Stands above `num_frames`."
+        None,
+        "Several lengths: a clip is trained at the longest one it fills. Stands above `num_frames`.",
     )
     bucket_strategy: Literal["aspect_ratio", "resolution_frames"] = key(
         "aspect_ratio", "Accepted: clips are bucketed by size and by frames in either case."
@@ -49,6 +55,13 @@ class VideoFrames(PluginConfig):
         "`uniform`: windows that use the whole clip, each a sample of its own.",
     )
     windows: int | None = key(None, "With `cut: uniform`: windows per clip; as many as fit when absent.", ge=1)
+
+    @field_validator("frame_buckets")
+    @classmethod
+    def _lengths(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value is not None and (not value or min(value) < 1):
+            raise ValueError("it takes at least one length, and lengths of at least one frame")
+        return value
 
 
 class Entry(PluginConfig):
@@ -67,7 +80,9 @@ class Media(Entry):
     )
     cache_dir_vae: Path = key(..., "Folder of the cached latents; `<cache_dir>/vae/<id>` when absent.")
     metadata_backend: Literal["discovery", "json", "parquet", "csv", "jsonl"] = key(
-        "discovery", "How files and captions are found: by looking (`json` too), or in a table: see `docs/datasets.md`."
+        "discovery",
+        "How files are found: by looking (`json` too); or in a table, which `type` and `manifest` say better: see "
+        "`docs/sources.md`.",
     )
     skip_file_discovery: str | bool = key(
         False, "Accepted: looking through an unchanged folder opens no file and takes no time worth saving."
@@ -110,6 +125,13 @@ class Media(Entry):
     @classmethod
     def _plain(cls, value: str | None) -> str | None:
         return None if value is None else value.removeprefix("file://")
+
+    @field_validator("crop_aspect_buckets")
+    @classmethod
+    def _aspects(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(aspect <= 0 for aspect in value):
+            raise ValueError("an aspect is width / height, above 0")
+        return value
 
 
 class Trained(Media):
@@ -155,6 +177,22 @@ class Trained(Media):
     @classmethod
     def _coerce_shuffle(cls, value: Any) -> Any:
         return coerce_fields(CaptionShuffle, value) if isinstance(value, Mapping) else value
+
+    @property
+    def conditioning_ids(self) -> tuple[str, ...]:
+        """The ids in ``conditioning_data``."""
+        named = self.conditioning_data or ()
+        return (named,) if isinstance(named, str) else named
+
+    @property
+    def shuffle(self) -> CaptionShuffle | None:
+        """How captions are shuffled; None when they are not."""
+        asked = (
+            CaptionShuffle(enable=self.caption_shuffle)
+            if isinstance(self.caption_shuffle, bool)
+            else self.caption_shuffle
+        )
+        return asked if asked.enable else None
 
 
 class Clips(Trained):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner import rng
 from tuner.builtin.datasets.captions import captions_of
-from tuner.builtin.datasets.entries import AnyTrained, Clips, EvalDataset
+from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
+from tuner.builtin.datasets.idle import idle_keys
 from tuner.builtin.datasets.judge import REMEDIES, Kept, judge
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
-from tuner.builtin.datasets.reading import LOCAL, Datasets, read_datasets
+from tuner.builtin.datasets.reading import Datasets, read_datasets
 from tuner.builtin.datasets.views import windows
 from tuner.data.report import DataReport, DatasetReport, Dropped, summary
 from tuner.data.samples import Dataset, Prepared, Sample, Schedule
@@ -29,6 +32,17 @@ COPIES = "source"
 """Folder inside a dataset's cache that holds copies of files from elsewhere."""
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What every dataset is prepared from."""
+
+    core: CoreConfig
+    spec: ModelSpec
+    datasets: Datasets
+    sources: Mapping[str, Source]
+    show_progress: bool
+
+
 def prepare(
     core: CoreConfig, spec: ModelSpec, sources: Mapping[str, Source] | None = None, *, show_progress: bool = True
 ) -> Prepared:
@@ -39,18 +53,14 @@ def prepare(
     usable file.
     """
     datasets = read_datasets(core, sources)
+    inputs = _Inputs(core, spec, datasets, sources or {}, show_progress)
     trained: list[Sample] = []
     held_out: list[Sample] = []
     reports: list[DatasetReport] = []
     for dataset in datasets.trained:
-        listing = _listing(dataset, datasets, sources or {}, show_progress)
-        probed = probe(listing, dataset.cache_dir_vae, processes=core.probe_processes, show_progress=show_progress)
-        kept, dropped = judge(dataset, listing.root, probed, spec)
-        if not kept:
-            raise _nothing_left(dataset, listing, probed, dropped)
-        made = _samples(dataset, datasets, listing, kept, core, spec)
-        (held_out if isinstance(dataset, EvalDataset) else trained).extend(made)
-        reports.append(_report(dataset, listing, made, dropped, spec))
+        samples, report = _prepared(dataset, inputs)
+        (held_out if isinstance(dataset, EvalDataset) else trained).extend(samples)
+        reports.append(report)
     return Prepared(
         samples=tuple(trained),
         datasets={dataset.id: _dataset(dataset) for dataset in datasets.trained},
@@ -61,23 +71,63 @@ def prepare(
     )
 
 
-def _listing(dataset: AnyTrained, datasets: Datasets, sources: Mapping[str, Source], show: bool) -> Listing:
-    """The dataset's files, on this machine."""
-    suffixes = {"video": VIDEO_SUFFIXES, "image": PICTURE_SUFFIXES}.get(
-        dataset.dataset_type, VIDEO_SUFFIXES | PICTURE_SUFFIXES
+def _prepared(dataset: AnyTrained, inputs: _Inputs) -> tuple[list[Sample], DatasetReport]:
+    """The samples of one dataset, and what became of its files."""
+    core, spec = inputs.core, inputs.spec
+    listing = _listing(dataset, inputs)
+    probed = probe(listing, dataset.cache_dir_vae, processes=core.probe_processes, show_progress=inputs.show_progress)
+    usable, dropped = judge(dataset, listing.root, probed, spec)
+    if not usable:
+        raise _nothing_left(dataset, listing, probed, dropped)
+    kept = chosen(usable, dataset.max_num_samples, core.seed)
+    captions = captions_of(
+        dataset, listing, [each.path for each in kept], seed=core.seed, table=_table(dataset, inputs.datasets)
     )
+    samples = _samples(dataset, inputs, kept, captions.by_clip)
+    notes = [*listing.notes, *idle_keys(dataset), *captions.notes, *dataset_notes(dataset, samples, spec)]
+    if len(kept) < len(usable):
+        notes.append(f"{len(kept)} of {len(usable)} files are used (max_num_samples), chosen by the seed")
+    return samples, _report(dataset, listing, samples, dropped, notes)
+
+
+def chosen(kept: Sequence[Kept], most: int | None, seed: int) -> list[Kept]:
+    """At most ``most`` of the files, in their order.
+
+    Each file's place in the draw is a function of ``seed`` and its name: another file more or less changes one.
+    """
+    if most is None or most >= len(kept):
+        return list(kept)
+    drawn = sorted(kept, key=lambda each: rng.derive_seed(seed, f"max_num_samples/{each.name}"))
+    names = {each.name for each in drawn[:most]}
+    return [each for each in kept if each.name in names]
+
+
+def _listing(dataset: AnyTrained, inputs: _Inputs) -> Listing:
+    """The dataset's files, on this machine."""
+    suffixes = _suffixes(dataset)
     if dataset.type == LOCAL:
         return local_listing(Path(dataset.instance_data_dir or ""), suffixes)
-    return sources[dataset.type].listing(
+    return inputs.sources[dataset.type].listing(
         Request(
             dataset_id=dataset.id,
             entry=dataset.model_dump(),
-            keys=datasets.source_keys[dataset.id],
+            keys=inputs.datasets.source_keys[dataset.id],
             suffixes=suffixes,
             folder=dataset.cache_dir_vae / COPIES,
-            show_progress=show,
+            show_progress=inputs.show_progress,
         )
     )
+
+
+def _suffixes(dataset: AnyTrained) -> frozenset[str]:
+    """Which files a dataset takes; one of ``eval`` takes pictures and clips."""
+    kinds = {"video": VIDEO_SUFFIXES, "image": PICTURE_SUFFIXES}
+    return kinds.get(dataset.dataset_type, VIDEO_SUFFIXES | PICTURE_SUFFIXES)
+
+
+def _table(dataset: AnyTrained, datasets: Datasets) -> str:
+    """The file that a source reads captions from, where one of its keys says so."""
+    return str(datasets.source_keys[dataset.id].model_dump().get("manifest") or "")
 
 
 def _dataset(dataset: AnyTrained) -> Dataset:
@@ -93,13 +143,12 @@ def _dataset(dataset: AnyTrained) -> Dataset:
 
 
 def _samples(
-    dataset: AnyTrained, datasets: Datasets, listing: Listing, kept: Sequence[Kept], core: CoreConfig, spec: ModelSpec
+    dataset: AnyTrained, inputs: _Inputs, kept: Sequence[Kept], captions: Mapping[Path, tuple[str, ...]]
 ) -> list[Sample]:
-    captions = captions_of(dataset, listing, [each.path for each in kept], seed=core.seed)
-    paired = companions(dataset, datasets, [each.name for each in kept])
+    paired = companions(dataset, inputs.datasets, [each.name for each in kept])
     samples = []
     for each in kept:
-        made = windows(dataset, each.name, each.facts, spec, core.seed)
+        made = windows(dataset, each.name, each.facts, inputs.spec, inputs.core.seed)
         for index, window in enumerate(made):
             samples.append(
                 Sample(
@@ -122,7 +171,11 @@ def _samples(
 
 
 def _report(
-    dataset: AnyTrained, listing: Listing, samples: Sequence[Sample], dropped: Sequence[Dropped], spec: ModelSpec
+    dataset: AnyTrained,
+    listing: Listing,
+    samples: Sequence[Sample],
+    dropped: Sequence[Dropped],
+    notes: Sequence[str],
 ) -> DatasetReport:
     return DatasetReport(
         dataset_id=dataset.id,
@@ -131,23 +184,35 @@ def _report(
         repeats=dataset.repeats,
         buckets=tuple(sorted(Counter(sample.bucket for sample in samples).items())),
         dropped=tuple(dropped),
-        notes=(*listing.notes, *dataset_notes(dataset, samples, spec)),
+        notes=tuple(notes),
     )
 
 
 def _notes(datasets: Datasets, spec: ModelSpec) -> tuple[str, ...]:
-    unused = [entry.id for entry in datasets.image_embeds if "conditioning" not in spec.encoders]
-    return datasets.notes + tuple(f"dataset {name!r} is not used: {spec.flavour} takes no image" for name in unused)
+    """What concerns the list as a whole, and what this model has no use for."""
+    if "conditioning" in spec.encoders:
+        return datasets.notes
+    unused = [entry.id for entry in datasets.image_embeds]
+    unused += [entry.id for entry in datasets.conditioning if entry.conditioning_type in ("first_frame", "last_frame")]
+    lines = [f"dataset {name!r} is not used: {spec.flavour} takes no image" for name in unused]
+    for dataset in datasets.trained:
+        if dataset.cache_dir_conditioning_image_embeds is not None:
+            lines.append(
+                f"dataset {dataset.id!r}: cache_dir_conditioning_image_embeds does nothing: "
+                f"{spec.flavour} takes no image"
+            )
+    return (*datasets.notes, *lines)
 
 
 def _nothing_left(
     dataset: AnyTrained, listing: Listing, probed: Sequence[Probed], dropped: Sequence[Dropped]
 ) -> DataError:
     if not probed:
+        kind = {"video": "video", "image": "image"}.get(dataset.dataset_type, "video or image")
         return DataError(
-            f"dataset {dataset.id!r} has no {'video' if isinstance(dataset, Clips) else 'image'} files",
+            f"dataset {dataset.id!r} has no {kind} files",
             where=listing.root,
-            allowed=sorted(VIDEO_SUFFIXES if isinstance(dataset, Clips) else PICTURE_SUFFIXES),
+            allowed=sorted(_suffixes(dataset)),
             remedy="correct instance_data_dir, or put files there",
         )
     reasons = dict(Counter(each.reason for each in dropped).most_common())

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.builtin.datasets.entries import (
     KINDS,
+    LOCAL,
     AnyEntry,
     AnyTrained,
-    Clips,
     ConditioningDataset,
     ConditioningImageEmbeds,
-    EvalDataset,
     Media,
     TextEmbeds,
     Trained,
 )
+from tuner.builtin.datasets.idle import idle_entries
+from tuner.builtin.datasets.relations import duplicates, relations
 from tuner.config import faults
 from tuner.config.coerce import coerce_fields
 from tuner.config.describe import facts
-from tuner.errors import ConfigError, DataError, TunerError, nearest
+from tuner.errors import ConfigError, TunerError, nearest
 from tuner.plugin import PluginConfig
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
     from tuner.data.source import Source
 
-LOCAL = "local"
 REMOTE = "fsspec"
 """The source of an ``instance_data_dir`` that is an address."""
 OVERRIDES = (
@@ -40,6 +40,19 @@ OVERRIDES = (
     "aspect_bucket_alignment",
 )
 """Keys of a dataset that default to the core keys of the same name."""
+OTHER_KINDS = {
+    "image_embeds": "take the entry out: encoded clips are kept in each dataset's own `cache_dir_vae`",
+    "caption": "take the entry out: captions come with the files they belong to, by `caption_strategy`",
+    "distillation_cache": "take the entry out: nothing is distilled here",
+    "audio": "take the entry out: no model here hears; the sound of clips is left out",
+}
+"""What lists for other tools have as ``dataset_type``, and what to do about it."""
+OTHER_KEYS = {
+    "parquet": 'write "type": "parquet" and "manifest": "<the table>" instead',
+    "csv": 'write "type": "csv" and "manifest": "<the table>" instead',
+    "jsonl": 'write "type": "jsonl" and "manifest": "<the table>" instead',
+}
+"""Keys that have another shape here."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,6 @@ def read_datasets(core: CoreConfig, sources: Mapping[str, Source] | None = None)
     Raises ConfigError (or ConfigErrors with all that was found) for unknown keys, wrong values, duplicate ids,
     none or two default ``text_embeds`` and references to unknown ids; DataError for a missing folder.
     """
-    sources = sources or {}
     raw, where = _raw_entries(core)
     errors: list[TunerError] = []
     entries: list[AnyEntry] = []
@@ -74,19 +86,20 @@ def read_datasets(core: CoreConfig, sources: Mapping[str, Source] | None = None)
         if _is_disabled(values):
             continue
         try:
-            entry, own = _entry(values, core, sources, f"{where}, entry {index + 1}")
+            entry, own = _entry(values, core, sources or {}, f"{where}, entry {index + 1}")
         except TunerError as error:
             errors.append(error)
             continue
         entries.append(entry)
         source_keys[entry.id] = own
-    errors += _duplicates(raw, where)
+    disabled = [str(values["id"]) for values in raw if _is_disabled(values) and "id" in values]
+    errors += duplicates(raw, where)
     if not errors:
-        errors += _relations(entries, where)
+        errors += relations(entries, disabled, where)
     if errors:
         raise faults.join(errors) or AssertionError("unreachable")
-    notes = tuple(f"dataset {values['id']!r} is disabled" for values in raw if _is_disabled(values) and "id" in values)
-    return _sorted(entries, notes, source_keys)
+    notes = [f"dataset {name!r} is disabled" for name in disabled] + idle_entries(entries)
+    return _sorted(entries, tuple(notes), source_keys)
 
 
 def _sorted(entries: Sequence[AnyEntry], notes: tuple[str, ...], source_keys: Mapping[str, PluginConfig]) -> Datasets:
@@ -127,36 +140,92 @@ def _is_disabled(values: Mapping[str, Any]) -> bool:
 def _entry(
     values: Mapping[str, Any], core: CoreConfig, sources: Mapping[str, Source], where: str
 ) -> tuple[AnyEntry, PluginConfig]:
-    """One entry as its model, and the keys that are its source's own as theirs."""
+    """One entry as its model, and the keys that are its source's own as theirs. Raises all that is wrong with it."""
     where += f" (id {values['id']!r})" if "id" in values else ""
+    model = _kind(values, where)
+    source = _source_name(values, sources, where)
+    own_model = sources[source].keys if source in sources else PluginConfig
+    named = _canonical((model, own_model), values, where) | {"type": source}
+    own = {name: value for name, value in named.items() if name in own_model.model_fields}
+    common = {name: value for name, value in named.items() if name not in own and name in model.model_fields}
+    errors: list[TunerError] = list(
+        _unknown_keys(set(named) - set(own) - set(common), model, own_model, sources, where)
+    )
+    try:
+        entry = faults.build(model, coerce_fields(model, _defaults(model, named, core) | common), where=where)
+        own_keys = faults.build(own_model, own, where=where)
+    except TunerError as error:
+        errors.append(error)
+    if errors:
+        raise faults.join(errors) or AssertionError("unreachable")
+    return entry, own_keys
+
+
+def _kind(values: Mapping[str, Any], where: str) -> type[AnyEntry]:
+    """The model of an entry, by its ``dataset_type``; an entry without one is of pictures, as other tools have it."""
     kind = str(values.get("dataset_type", "image"))
+    if kind in OTHER_KINDS:
+        raise ConfigError(f"dataset_type {kind!r} is not used here", where=where, remedy=OTHER_KINDS[kind])
     if kind not in KINDS:
         raise ConfigError(
             f"dataset_type {kind!r} does not exist", where=where, allowed=KINDS, nearest=nearest(kind, KINDS)
         )
-    model = KINDS[kind]
-    source = _source_name(values)
-    if source != LOCAL and source not in sources:
-        known = [LOCAL, *sorted(sources)]
-        raise ConfigError(f"type {source!r} does not exist", where=where, allowed=known, nearest=nearest(source, known))
-    own_model = sources[source].keys if source in sources else PluginConfig
-    named = _canonical(model, values) | {"type": source, "dataset_type": kind}
-    own = {name: value for name, value in named.items() if name in own_model.model_fields}
-    common = {name: value for name, value in named.items() if name not in own}
-    entry = faults.build(model, coerce_fields(model, _defaults(model, named, core) | common), where=where)
-    return entry, faults.build(own_model, own, where=where)
+    return KINDS[kind]
 
 
-def _source_name(values: Mapping[str, Any]) -> str:
+def _source_name(values: Mapping[str, Any], sources: Mapping[str, Source], where: str) -> str:
     """The source of an entry: its ``type``; a folder that is an address is not local."""
     named = str(values.get("type", LOCAL))
-    return REMOTE if named == LOCAL and "://" in str(values.get("instance_data_dir", "")) else named
+    folder = str(values.get("instance_data_dir", values.get("data_dir", "")))
+    if named == LOCAL and "://" in folder and not folder.startswith("file://"):
+        named = REMOTE
+    known = [LOCAL, *sorted(sources)]
+    if named not in known:
+        what = f"type {named!r} does not exist" if "type" in values else f"{folder!r} needs type {named!r}"
+        raise ConfigError(what, where=where, allowed=known, nearest=nearest(named, known))
+    return named
 
 
-def _canonical(model: type[AnyEntry], values: Mapping[str, Any]) -> dict[str, Any]:
+def _canonical(models: Sequence[type[PluginConfig]], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """``values`` with other tools' names of keys replaced by ours."""
-    names = {alias: name for name, each in model.model_fields.items() for alias in facts(each).aliases}
-    return {names.get(name, name): value for name, value in values.items()}
+    fields = {name: each for model in models for name, each in model.model_fields.items()}
+    names = {alias: name for name, each in fields.items() for alias in facts(each).aliases}
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = names.get(key, key)
+        if name in named and named[name] != value:
+            raise ConfigError(f"{key} is another name of {name}, and both are set", where=where, remedy="keep one")
+        named[name] = value
+    return named
+
+
+def _unknown_keys(
+    unknown: Collection[str],
+    model: type[AnyEntry],
+    own_model: type[PluginConfig],
+    sources: Mapping[str, Source],
+    where: str,
+) -> Iterator[ConfigError]:
+    """An error for each key that neither the entry nor its source has."""
+    known = [*model.model_fields, *own_model.model_fields]
+    for name in sorted(unknown):
+        yield ConfigError(
+            f"there is no key {name!r}",
+            where=where,
+            allowed=known,
+            nearest=nearest(name, known),
+            remedy=OTHER_KEYS.get(name) or _owners(name, sources),
+        )
+
+
+def _owners(name: str, sources: Mapping[str, Source]) -> str | None:
+    """Where a key would be right."""
+    kinds = [kind for kind, model in KINDS.items() if name in model.model_fields]
+    types = [each for each, source in sorted(sources.items()) if name in source.keys.model_fields]
+    if not kinds and not types:
+        return None
+    owner = f"dataset_type {', '.join(kinds)}" if kinds else f"type {', '.join(types)}"
+    return f"take it out: it is a key of {owner}"
 
 
 def _defaults(model: type[AnyEntry], values: Mapping[str, Any], core: CoreConfig) -> dict[str, Any]:
@@ -171,76 +240,3 @@ def _defaults(model: type[AnyEntry], values: Mapping[str, Any], core: CoreConfig
     return {"cache_dir_vae": root / "vae" / str(values.get("id", ""))} | {
         name: getattr(core, name) for name in OVERRIDES
     }
-
-
-def _duplicates(raw: Sequence[Mapping[str, Any]], where: str) -> list[TunerError]:
-    ids = [str(values["id"]) for values in raw if "id" in values]
-    return [
-        ConfigError(f"two entries have the id {name!r}", where=where, remedy="give each entry its own id")
-        for name in sorted({name for name in ids if ids.count(name) > 1})
-    ]
-
-
-def _relations(entries: Sequence[AnyEntry], where: str) -> list[TunerError]:
-    """What only the whole list can tell."""
-    errors: list[TunerError] = []
-    trained = [entry for entry in entries if isinstance(entry, Trained)]
-    if not any(not isinstance(entry, EvalDataset) for entry in trained):
-        errors.append(
-            ConfigError(
-                "no dataset to train on is enabled",
-                where=where,
-                allowed="dataset_type video or image",
-                remedy="add one, or set `disabled: false`",
-            )
-        )
-    errors += _text_errors(entries, where)
-    embeds = [entry.id for entry in entries if isinstance(entry, ConditioningImageEmbeds)]
-    for entry in trained:
-        errors += _trained_errors(entry, embeds, f"{where} (id {entry.id!r})")
-    return errors
-
-
-def _text_errors(entries: Sequence[AnyEntry], where: str) -> list[TunerError]:
-    defaults = [entry.id for entry in entries if isinstance(entry, TextEmbeds) and entry.default]
-    if len(defaults) == 1:
-        return []
-    found = "no entry" if not defaults else f"{len(defaults)} entries ({', '.join(defaults)})"
-    return [
-        ConfigError(
-            f"{found} with dataset_type text_embeds and `default: true`; exactly one is needed",
-            where=where,
-            remedy='add {"id": "text-embeds", "dataset_type": "text_embeds", "default": true}'
-            if not defaults
-            else "keep `default: true` on one of them",
-        )
-    ]
-
-
-def _trained_errors(entry: Trained, embeds: Sequence[str], where: str) -> list[TunerError]:
-    errors: list[TunerError] = []
-    wanted = entry.conditioning_image_embeds
-    if wanted is not None and wanted not in embeds:
-        errors.append(
-            ConfigError(
-                f"conditioning_image_embeds names {wanted!r}, and no enabled entry has this id",
-                where=where,
-                allowed=embeds or "nothing: there is no conditioning_image_embeds entry",
-                nearest=nearest(wanted, embeds),
-            )
-        )
-    if entry.caption_strategy == "instanceprompt" and not entry.instance_prompt:
-        errors.append(ConfigError("caption_strategy instanceprompt needs an instance_prompt", where=where))
-    if isinstance(entry, Clips):
-        shortest, longest = entry.video.min_frames, entry.video.max_frames
-        if shortest is not None and longest is not None and shortest > longest:
-            errors.append(ConfigError(f"video.min_frames {shortest} is above video.max_frames {longest}", where=where))
-    if entry.type == LOCAL and not Path(entry.instance_data_dir or "").is_dir():
-        errors.append(
-            DataError(
-                f"the folder of dataset {entry.id!r} does not exist: {entry.instance_data_dir}",
-                where=where,
-                remedy="correct instance_data_dir; a relative path starts at the folder you run in",
-            )
-        )
-    return errors
