@@ -16,7 +16,9 @@ from tuner.builtin.datasets.reading import read_datasets
 from tuner.config.keys import CoreConfig
 from tuner.data.report import lines
 from tuner.data.samples import Bucket
+from tuner.data.source import Listing, Request
 from tuner.errors import ConfigError, ConfigErrors, DataError, TunerError
+from tuner.plugin import PluginConfig, key
 from tuner.spec import ModelSpec
 
 USERS_FILE = """[
@@ -139,18 +141,126 @@ def test_what_an_entry_leaves_out_comes_from_the_core_keys() -> None:
         ({"caption_strategy": "text"}, ["caption_strategy", "textfile"]),
         ({"dataset_type": "vidoe"}, ["vidoe", "did you mean 'video'"]),
         ({"type": "attic"}, ["'attic'", "does not exist", "local"]),
-        ({"caption_strategy": "instanceprompt"}, ["instance_prompt"]),
+        ({"caption_strategy": "instanceprompt"}, ["caption_strategy instanceprompt needs an instance_prompt"]),
+        ({"only_instance_prompt": True}, ["only_instance_prompt needs an instance_prompt"]),
+        ({"prepend_instance_prompt": True, "instance_prompt": " "}, ["prepend_instance_prompt needs"]),
         ({"conditioning_image_embeds": "nothing"}, ["nothing", "no enabled entry"]),
+        ({"text_embeds": "tt"}, ["text_embeds names 'tt'", "no enabled entry"]),
+        ({"conditioning_data": "masks"}, ["conditioning_data names 'masks'", "no enabled conditioning entry"]),
+        ({"conditioning_data": "t"}, ["'t'", "dataset_type text_embeds, not conditioning"]),
         ({"video": {"num_frames": 9, "min_frames": 20, "max_frames": 10}}, ["min_frames 20", "max_frames 10"]),
+        ({"video": {"frame_buckets": []}}, ["video.frame_buckets", "at least one"]),
+        ({"video": {"frame_buckets": [17, 0]}}, ["video.frame_buckets", "at least one frame"]),
+        ({"crop": True, "crop_aspect": "closest"}, ["crop_aspect closest needs crop_aspect_buckets"]),
+        ({"crop": True, "crop_aspect": "random"}, ["crop_aspect random needs crop_aspect_buckets"]),
+        ({"crop_aspect_buckets": [1.0, -1]}, ["crop_aspect_buckets", "above 0"]),
+        ({"minimum_aspect_ratio": 2, "maximum_aspect_ratio": 0.5}, ["2 is above maximum_aspect_ratio 0.5"]),
+        ({"start_epoch": 5, "end_epoch": 4}, ["start_epoch 5 is after end_epoch 4"]),
+        ({"start_step": 100, "end_step": 100}, ["start_step 100 is not before end_step 100"]),
+        ({"probability": 0}, ["probability", "> 0"]),
+        ({"metadata_backend": "parquet"}, ["metadata_backend parquet", '"type": "parquet" and "manifest"']),
+        ({"caption_strategy": "csv"}, ["caption_strategy csv", '"type": "csv" and "manifest"']),
+        ({"parquet": {"path": "t.parquet"}}, ["no key 'parquet'", '"type": "parquet" and "manifest"']),
+        ({"data_dir": "elsewhere"}, ["data_dir is another name of instance_data_dir", "both"]),
+        ({"default": True}, ["no key 'default'", "a key of dataset_type text_embeds"]),
         ({"instance_data_dir": "elsewhere"}, ["elsewhere", "does not exist"]),
+        ({"instance_data_dir": "file.mp4"}, ["file.mp4", "is no folder"]),
+        ({"instance_data_dir": None}, ["instance_data_dir is missing"]),
+        ({"instance_data_dir": "s3://bucket/clips"}, ["'s3://bucket/clips'", "'fsspec'"]),
+        ({"dataset_type": "image_embeds"}, ["image_embeds", "take the entry out", "cache_dir_vae"]),
+        ({"dataset_type": "caption"}, ["caption", "take the entry out", "caption_strategy"]),
+        ({"dataset_type": "distillation_cache"}, ["distillation_cache", "take the entry out"]),
+        ({"dataset_type": "audio"}, ["audio", "take the entry out"]),
         ({"disabled": True}, ["no dataset to train on is enabled"]),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_one_clear_error(change: dict[str, Any], words: list[str]) -> None:
+    Path("file.mp4").touch()
     text = message(VIDEO | change, TEXT)
+    assert text.count("where:") == 1, "one error, not several"
     for word in words:
         assert word in text
+
+
+MASKS: dict[str, Any] = {"id": "masks", "dataset_type": "conditioning", "instance_data_dir": "masks"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([VIDEO | {"conditioning_data": "mask"}, MASKS], ["names 'mask'", "did you mean 'masks'"]),
+        (
+            [VIDEO | {"conditioning_data": "masks"}, MASKS | {"disabled": True}],
+            ["names 'masks'", "it is disabled", "`disabled: false`"],
+        ),
+        (
+            [VIDEO | {"conditioning_data": ["masks", "more"]}, MASKS, MASKS | {"id": "more"}],
+            ["two entries", "masks, more"],
+        ),
+        (
+            [
+                VIDEO | {"conditioning_data": ["masks", "parts"]},
+                MASKS,
+                MASKS | {"id": "parts", "conditioning_type": "segmentation"},
+            ],
+            ["two entries", "mask or segmentation"],
+        ),
+        ([VIDEO, MASKS | {"instance_data_dir": "gone"}], ["'masks'", "does not exist: gone"]),
+        ([VIDEO, {"id": "masks", "dataset_type": "conditioning"}], ["instance_data_dir is missing", "'masks'"]),
+        ([VIDEO, IMAGES | {"type": "cloud"}], ["conditioning_image_embeds is a local folder"]),
+        (
+            [VIDEO, VIDEO | {"id": "e", "dataset_type": "eval", "is_regularization_data": True}],
+            ["is_regularisation_data", "'e'"],
+        ),
+        ([VIDEO | {"dataset_type": "eval"}], ["no dataset to train on"]),
+        ([{"id": "p", "instance_data_dir": "clips", "video": {}}], ["no key 'video'", "dataset_type video, eval"]),
+        ([VIDEO | {"type": "cloud", "buckett": "b"}], ["no key 'buckett'", "did you mean 'bucket'"]),
+        ([VIDEO | {"bucket": "b"}], ["no key 'bucket'", "a key of type cloud"]),
+        ([VIDEO | {"type": "cloud", "bucket": []}], ["bucket cannot be []"]),
+    ],
+)
+def test_one_clear_error_between_entries(entries: list[dict[str, Any]], words: list[str]) -> None:
+    Path("masks").mkdir()
+    with pytest.raises(TunerError) as caught:
+        read_datasets(core(*entries, TEXT), {"cloud": Cloud()})
+    text = str(caught.value)
+    assert text.count("where:") == 1, "one error, not several"
+    for word in words:
+        assert word in text
+
+
+class CloudKeys(PluginConfig):
+    """What an entry of the test's source has."""
+
+    bucket: str = key("", "Its name.", aliases=("cloud_bucket",))
+
+
+class Cloud:
+    """A source with a key of its own."""
+
+    keys = CloudKeys
+
+    def listing(self, request: Request) -> Listing:
+        raise NotImplementedError
+
+
+def test_a_source_reads_its_own_keys_by_other_tools_names_too() -> None:
+    read = read_datasets(core(VIDEO | {"type": "cloud", "cloud_bucket": "b"}, TEXT), {"cloud": Cloud()})
+    assert read.source_keys["v"] == CloudKeys(bucket="b")
+
+
+def test_the_same_folder_twice_with_other_settings() -> None:
+    read = read_datasets(core(VIDEO, VIDEO | {"id": "w", "resolution": 320}, TEXT))
+    assert [each.resolution for each in read.trained] == [480, 320]
+    assert read.notes == ()
+
+
+def test_an_entry_without_a_type_is_of_pictures_and_a_file_address_is_a_folder() -> None:
+    address = f"file://{Path('clips').resolve()}"
+    (read,) = read_datasets(core({"id": "p", "data_dir": address}, TEXT)).trained
+    assert (read.dataset_type, read.type) == ("image", "local")
+    assert read.instance_data_dir == str(Path("clips").resolve())
 
 
 def test_the_entry_is_named_by_file_place_and_id() -> None:
