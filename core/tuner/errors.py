@@ -88,6 +88,10 @@ class Stopped(TunerError):
     label = "stopped"
 
 
+class FailedElsewhere(TunerError):
+    """Another process of this run failed and says why; this one only ends."""
+
+
 class ConfigErrors(ConfigError):
     """Several config errors found in one reading, printed together so that all can be mended at once."""
 

@@ -144,3 +144,5 @@ class Prepared:
     """never trained on: for the loss on clips the model has not seen"""
     caches: tuple[Path, ...] = field(default=())
     """every folder that may hold encodings of these datasets, those of datasets without a sample too"""
+    text_write_batch_size: int = 128
+    """encoded captions that may wait to be written while the next ones are encoded"""

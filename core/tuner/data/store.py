@@ -11,17 +11,25 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tuner.data import compression
+from tuner.data.stamps import Stamp, Stamps
 from tuner.errors import DataError
 from tuner.files import atomic_write_bytes
 
 CHECKSUM = "sha256"
+SUFFIX = ".safetensors"
+PACKED_SUFFIX = ".safetensors.zst"
+CHECK_THREADS = 4
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _KEY = re.compile(r"[0-9a-f]{16,}")
 
@@ -31,42 +39,92 @@ def make_key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
 
 
-class Store:
-    """Entries under one folder, at ``<root>/<first two digits>/<key>.safetensors``."""
+class Lacking(NamedTuple):
+    """The keys that have no whole entry."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    absent: list[str]
+    damaged: list[str]
+
+
+class Store:
+    """Entries under one folder, at ``<root>/<first two digits>/<key>.safetensors``, or ``….safetensors.zst``.
+
+    Either form is read, whatever ``compress`` says: it decides only what is written.
+    """
+
+    def __init__(self, root: Path, *, compress: bool = False) -> None:
+        self.root, self.compress = root, compress
+        self.stamps = Stamps(root)
 
     def path(self, key: str) -> Path:
-        """Where the entry is or would be. ValueError for what is no key."""
-        if not _KEY.fullmatch(key):
-            raise ValueError(f"not a key: {key!r}")
-        return self.root / key[:2] / f"{key}.safetensors"
+        """Where the entry is, or would be written. ValueError for what is no key."""
+        wanted, other = self._forms(key)
+        return other if not wanted.exists() and other.exists() else wanted
 
     def has(self, key: str) -> bool:
         """Whether there is a file for ``key``; it may be damaged (see :meth:`is_whole`)."""
         return self.path(key).is_file()
 
     def is_whole(self, key: str) -> bool:
-        """Whether the entry is there and its checksum is right."""
+        """Whether the entry is there and its checksum is right: all of it is read."""
         try:
-            return _checksum_fits(self.path(key).read_bytes())
-        except FileNotFoundError:
+            return _checksum_fits(_unpacked(self.path(key)))
+        except (FileNotFoundError, ValueError):
             return False
+
+    def stamp(self, key: str) -> Stamp | None:
+        """What the entry's file is known by; None where there is none."""
+        for path in self._forms(key):
+            with suppress(FileNotFoundError):
+                return Stamp.of(path)
+        return None
+
+    def lacking(
+        self, keys: Collection[str], *, reread: bool = False, advance: Callable[[int], None] = lambda _: None
+    ) -> Lacking:
+        """Those of ``keys`` that have no whole entry, in the same order.
+
+        An entry that was found whole before, and whose file has the same size, time and inode, is only looked up.
+
+        Arguments
+            reread: read every entry, whatever is known of it.
+            advance: called with the number of keys that are done.
+        """
+        known = {} if reread else self.stamps.known()
+        now = {key: stamp for key in keys if (stamp := self.stamp(key)) is not None}
+        unsure = [key for key, stamp in now.items() if known.get(key) != stamp]
+        advance(len(keys) - len(unsure))
+        whole: dict[str, Stamp] = {}
+        damaged: list[str] = []
+        try:
+            with ThreadPoolExecutor(CHECK_THREADS) as pool:
+                for key, fits in zip(unsure, pool.map(self.is_whole, unsure), strict=True):
+                    advance(1)
+                    if fits:
+                        whole[key] = now[key]
+                    else:
+                        damaged.append(key)
+        finally:
+            self.stamps.record(whole)
+            self.stamps.forget(damaged)
+        return Lacking([key for key in keys if key not in now], damaged)
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, on the CPU. Raises DataError when it is missing or damaged."""
         path = self.path(key)
         try:
-            data = path.read_bytes()
+            data = _unpacked(path)
             if _checksum_fits(data):
                 tensors: dict[str, Tensor] = safetensors.torch.load(data)
                 return tensors
             fault = "damaged"
         except FileNotFoundError:
             fault = "missing"
+        except ValueError:
+            fault = "damaged"
         except OSError as error:
             fault = f"unreadable ({error.strerror})"
+        self.stamps.forget([key])
         raise DataError(
             f"an entry of the cache is {fault}",
             where=path,
@@ -74,7 +132,7 @@ class Store:
         )
 
     def write(self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write an entry at once or not at all; one that is there is replaced.
+        """Write an entry at once or not at all; one that is there, in either form, is replaced.
 
         Arguments
             tensors: name to tensor, on any device.
@@ -84,9 +142,10 @@ class Store:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         checksum = _checksum(safetensors.torch.save(plain))
         data = safetensors.torch.save(plain, {**metadata, CHECKSUM: checksum})
-        path = self.path(key)
+        path, other = self._forms(key)
         try:
-            atomic_write_bytes(path, data)
+            atomic_write_bytes(path, compression.compress(data) if self.compress else data)
+            other.unlink(missing_ok=True)
         except OSError as error:
             full = error.errno in _NO_SPACE
             raise DataError(
@@ -98,6 +157,20 @@ class Store:
                 if full
                 else "make the folder writable or choose another cache folder",
             ) from error
+
+    def _forms(self, key: str) -> tuple[Path, Path]:
+        """Where the entry lies in the form that is written, and in the other one."""
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"not a key: {key!r}")
+        folder = self.root / key[:2]
+        plain, packed = folder / (key + SUFFIX), folder / (key + PACKED_SUFFIX)
+        return (packed, plain) if self.compress else (plain, packed)
+
+
+def _unpacked(path: Path) -> bytes:
+    """The safetensors bytes of an entry. ValueError when they were packed and cannot be unpacked."""
+    data = path.read_bytes()
+    return compression.decompress(data) if path.name.endswith(PACKED_SUFFIX) else data
 
 
 def _split(data: bytes) -> tuple[dict[str, object], memoryview]:
