@@ -119,6 +119,8 @@ class StepContext:
     residency: Residency | None = None
     keep_at_least: int = 0
     positions: tuple[int, ...] = ()
+    forced: Tensor | None = None
+    """(B, S) bool: tokens that no route may drop, beside those that the family forces"""
 
 
 class BlockStack(ABC):
@@ -248,13 +250,20 @@ def _routes(stack: BlockStack, stream: Stream, context: StepContext) -> dict[int
         blocks=len(stack.blocks),
         tokens=stream.tokens.detach(),
         grid=stream.grid,
-        forced=stream.forced,
+        forced=_either(stream.forced, context.forced),
         keep_at_least=context.keep_at_least,
         positions=context.positions or tuple(range(stream.tokens.shape[0])),
     )
     routes = sorted(context.router(request), key=lambda route: route.start)
     _check_routes(routes, request)
     return {route.start: route for route in routes if route.keep.shape[1] < stream.tokens.shape[1]}
+
+
+def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What is forced by the family, by the context, or by both."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
 
 
 def _check_routes(routes: Sequence[TokenRoute], request: RouteRequest) -> None:

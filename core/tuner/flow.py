@@ -130,9 +130,15 @@ def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]
 
 
 def loss(core: CoreConfig, prediction: Tensor, batch: Batch) -> Loss:
-    """Distance of ``prediction`` from ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch."""
+    """Distance of ``prediction`` from ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch.
+
+    With a mask m the mean is a weighted one, sum(m * distance) / sum(m): a small mask gives a loss as large as a
+    large one does. Where m is 1 everywhere it changes nothing. Each sample's mask must be above 0 somewhere.
+    """
     distance = _distance(core, prediction.float() - batch.target.float())
-    return Loss(per_sample=distance.flatten(1).mean(1))
+    if batch.mask is None:
+        return Loss(per_sample=distance.flatten(1).mean(1))
+    return Loss(per_sample=(batch.mask * distance).flatten(1).mean(1) / batch.mask.flatten(1).mean(1))
 
 
 def _distance(core: CoreConfig, difference: Tensor) -> Tensor:

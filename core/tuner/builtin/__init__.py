@@ -4,6 +4,7 @@ BUILTINS = {
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
+    "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
 }
 """Plugin name to ``module:Class``."""

@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 
 from tuner import rng
 from tuner.data.encode import EMPTY_CAPTION, CachedData
+from tuner.data.masks import Mask
 from tuner.data.plan import MicroBatch, Plan
+from tuner.data.samples import Dataset, Sample
 
 PURPOSE = "caption_dropout"
 
@@ -32,7 +34,13 @@ class LoadedBatch:
     captions: tuple[str, ...]
     """what each sample is trained with; empty where it was dropped"""
     keep_at_least: int = 0
-    """the largest number of forced tokens in the global micro-batch; 0 while no dataset forces any"""
+    """the largest number of forced tokens of its samples; 0 where no token is forced"""
+    mask: Tensor | None = None
+    """(B, 1, F', h, w) float32 in [0, 1], 1 for samples without a mask; None where no sample has one"""
+    forced: Tensor | None = None
+    """(B, S) bool: tokens under a mask, none for samples without; None where no sample has a mask"""
+    regularisation: tuple[bool, ...] = ()
+    """which samples hold the model to its base"""
 
 
 class Loader:
@@ -52,7 +60,7 @@ class Loader:
         """Load for process ``rank`` of ``world``.
 
         Arguments
-            caption_dropout: probability that a sample is trained with the empty caption.
+            caption_dropout: probability that a sample is trained with the empty caption, where its dataset says none.
             pin_memory: put batches into page-locked memory; where there is a CUDA device when None.
         """
         self.cached, self.plan, self.rank, self.world = cached, plan, rank, world
@@ -91,24 +99,46 @@ class Loader:
         clips = [self.cached.video(sample, view) for sample, view in zip(micro.samples, micro.views, strict=True)]
         video = {name: self._pinned(torch.stack([clip[name] for clip in clips])) for name in clips[0]}
         text = {name: self._pinned(tensor) for name, tensor in collate_text([*map(self.cached.text, captions)]).items()}
+        latents = video.pop("latents")
+        masks = self._masks(micro)
         return LoadedBatch(
-            latents=video.pop("latents"),
+            latents=latents,
             text=text,
             video=video,
             sample_ids=tuple(sample.sample_id for sample in micro.samples),
             positions=micro.positions,
             captions=captions,
+            keep_at_least=max((int(each.forced.sum()) for each in masks if each is not None), default=0),
+            mask=self._stacked([None if each is None else each.weights for each in masks], absent=1),
+            forced=self._stacked([None if each is None else each.forced for each in masks], absent=0),
+            regularisation=tuple(self._dataset(sample).regularisation for sample in micro.samples),
         )
 
+    def _masks(self, micro: MicroBatch) -> list[Mask | None]:
+        return [self.cached.mask(sample, view) for sample, view in zip(micro.samples, micro.views, strict=True)]
+
+    def _stacked(self, tensors: Sequence[Tensor | None], absent: int) -> Tensor | None:
+        """The tensors as one, those that are missing filled with ``absent``; None when all are missing."""
+        present = next((tensor for tensor in tensors if tensor is not None), None)
+        if present is None:
+            return None
+        filler = torch.full_like(present, absent)
+        return self._pinned(torch.stack([filler if tensor is None else tensor for tensor in tensors]))
+
+    def _dataset(self, sample: Sample) -> Dataset:
+        """What holds for the sample's dataset; a plan made from samples alone has none."""
+        return self.cached.datasets.get(sample.dataset_id) or Dataset(sample.dataset_id)
+
     def _captions(self, micro: MicroBatch, step: int) -> tuple[str, ...]:
-        """The caption of each sample, or the empty one with probability ``caption_dropout``."""
+        """The caption of each sample, or the empty one with the probability of its dataset, else of the run."""
 
-        def dropped(position: int) -> bool:
+        def dropped(sample: Sample, position: int) -> bool:
+            own = self._dataset(sample).caption_dropout
             draw = torch.rand((), generator=rng.generator(self.seed, PURPOSE, step, position))
-            return bool(draw < self.caption_dropout)
+            return bool(draw < (self.caption_dropout if own is None else own))
 
-        pairs = zip(micro.captions, micro.positions, strict=True)
-        return tuple(EMPTY_CAPTION if dropped(position) else caption for caption, position in pairs)
+        turns = zip(micro.samples, micro.captions, micro.positions, strict=True)
+        return tuple(EMPTY_CAPTION if dropped(sample, position) else caption for sample, caption, position in turns)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._pin else tensor

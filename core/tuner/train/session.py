@@ -63,6 +63,7 @@ class Session:
             residency=self.model.network.residency,
             keep_at_least=batch.keep_at_least,
             positions=batch.positions,
+            forced=batch.forced,
         )
 
     def save_into(self, directory: Path) -> None:

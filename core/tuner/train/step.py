@@ -95,6 +95,9 @@ def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
         noisy=noisy,
         target=target,
         keep_at_least=loaded.keep_at_least,
+        mask=None if loaded.mask is None else loaded.mask.to(device, non_blocking=True),
+        forced=None if loaded.forced is None else loaded.forced.to(device, non_blocking=True),
+        regularisation=loaded.regularisation,
     )
 
 

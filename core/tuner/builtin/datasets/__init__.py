@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from tuner.spec import ModelSpec
 
 
+PRIOR = "prior_preservation"
+"""Whoever holds the model to its base on regularisation data."""
+
+
 class DatasetsPlugin(Plugin[PluginConfig]):
     """Finds, probes, captions and buckets the files of ``data_backend_config``."""
 
@@ -22,3 +26,14 @@ class DatasetsPlugin(Plugin[PluginConfig]):
         from tuner.builtin.datasets.prepare import prepare
 
         return prepare(run.config, spec, run.data_sources, show_progress=run.is_main)
+
+    @hookimpl
+    def data_ready(self, run: Run, data: Prepared) -> None:
+        """Say when the plugin that regularisation data are for is left out."""
+        holding = [name for name, dataset in data.datasets.items() if dataset.regularisation]
+        if holding and PRIOR not in run.plugins:
+            run.log.warning(
+                "dataset %r is regularisation data, and the plugin %s is left out: it is trained on like any other",
+                holding[0],
+                PRIOR,
+            )

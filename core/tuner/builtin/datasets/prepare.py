@@ -14,7 +14,7 @@ from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
 from tuner.builtin.datasets.idle import idle_keys
 from tuner.builtin.datasets.judge import REMEDIES, Kept, judge
 from tuner.builtin.datasets.notes import dataset_notes
-from tuner.builtin.datasets.pairing import companions
+from tuner.builtin.datasets.pairing import companions, conditioning_of
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
 from tuner.builtin.datasets.reading import Datasets, read_datasets
 from tuner.builtin.datasets.views import windows
@@ -145,10 +145,12 @@ def _dataset(dataset: AnyTrained) -> Dataset:
 def _samples(
     dataset: AnyTrained, inputs: _Inputs, kept: Sequence[Kept], captions: Mapping[Path, tuple[str, ...]]
 ) -> list[Sample]:
-    paired = companions(dataset, inputs.datasets, [each.name for each in kept])
+    files = [(each, windows(dataset, each.name, each.facts, inputs.spec, inputs.core.seed)) for each in kept]
+    entries = conditioning_of(dataset, inputs.datasets, inputs.spec)
+    processes, show = inputs.core.probe_processes, inputs.show_progress
+    paired = companions(dataset, entries, files, processes=processes, show_progress=show)
     samples = []
-    for each in kept:
-        made = windows(dataset, each.name, each.facts, inputs.spec, inputs.core.seed)
+    for each, made in files:
         for index, window in enumerate(made):
             samples.append(
                 Sample(
@@ -164,7 +166,7 @@ def _samples(
                     bucket=window.bucket,
                     views=window.views,
                     cache=dataset.cache_dir_vae,
-                    companions=paired.get(each.name, ()),
+                    companions=paired[each.name],
                 )
             )
     return samples
