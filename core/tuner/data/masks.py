@@ -7,19 +7,21 @@ frame k * ``stride_time``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tuner import processes
 from tuner.data.decode import decode
+from tuner.data.encoder import Encoder
 from tuner.data.progress import progress
 from tuner.data.samples import Companion, Sample, View
 from tuner.data.store import Store, make_key
+from tuner.data.writing import Writer
 from tuner.errors import DataError
-from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec
 
 MASK, SEGMENTATION = "mask", "segmentation"
@@ -39,17 +41,6 @@ class Mask:
     """(1, F', h, w) float32 in [0, 1], above 0 somewhere"""
     forced: Tensor
     """(S,) bool: tokens that no route may drop"""
-
-
-@dataclass
-class MaskTally:
-    """What encoding masks came to, in this process."""
-
-    encoded: int = 0
-    rebuilt: int = 0
-    """of these, entries that were there but damaged"""
-    failures: dict[str, str] = field(default_factory=dict)
-    """the reason by id of each sample whose mask cannot be used"""
 
 
 def mask_of(sample: Sample) -> Companion | None:
@@ -74,37 +65,37 @@ def mask_keys(samples: Sequence[Sample], spec: ModelSpec) -> dict[tuple[str, int
     }
 
 
-def encode_masks(
-    run: Run,
-    spec: ModelSpec,
-    samples: Sequence[Sample],
-    keys: Mapping[tuple[str, int], str],
-    store_of: Callable[[Sample], Store],
-    *,
-    show_progress: bool = True,
-) -> MaskTally:
+def encode_masks(encoder: Encoder, samples: Sequence[Sample], keys: Mapping[tuple[str, int], str]) -> dict[str, str]:
     """Encode the masks whose entry is missing or damaged, of this process's share. ``keys``: see :func:`mask_keys`.
 
-    A sample whose mask cannot be decoded, or is black everywhere, is named and counted as a failure.
+    Returns the reason by sample id for each sample whose mask cannot be decoded, or is black everywhere.
     """
-    views = {(each.key, each.sample.cache): each for sample in samples for each in _masked_views(sample, keys)}
-    share = list(views.values())[run.process_index :: run.process_count]
-    tally, reasons = MaskTally(), dict[str, str]()
-    missing = _missing(share, store_of, tally)
+    wanted = [
+        ((sample, view), key, encoder.store(sample.cache))
+        for sample in samples
+        for index, view in enumerate(sample.views)
+        if (key := keys.get((sample.sample_id, index))) is not None
+    ]
+    run, reasons = encoder.run, dict[str, str]()
+    missing = encoder.missing(wanted, "masks")
     if missing:
-        with progress("encoding masks", len(missing), show=show_progress) as advance:
-            for each in missing:
+        with (
+            progress("encoding masks", len(missing), show=encoder.show) as advance,
+            Writer(run.config.write_batch_size) as writer,
+        ):
+            for (sample, view), key, store in missing:
+                processes.stop_if_one_failed()
                 try:
-                    mask = encode_mask(each.sample, each.view, spec)
+                    mask = encode_mask(sample, view, encoder.model.spec)
                 except DataError as error:
-                    reasons[each.key] = error.what
-                    run.log.warning("left out: %s: %s", each.sample.path, error.what)
+                    reasons[key] = error.what
+                    run.log.warning("left out: %s: %s", sample.path, error.what)
                 else:
-                    _write(store_of(each.sample), each.key, mask, each.sample)
-                    tally.encoded += 1
+                    about = {"kind": "mask", "source": sample.path.name, "bucket": str(sample.bucket)}
+                    writer.write(store, key, {"weights": mask.weights, "forced": mask.forced}, about)
+                    encoder.tally.encoded += 1
                 advance(1)
-    tally.failures = {name: reasons[key] for (name, _), key in keys.items() if key in reasons}
-    return tally
+    return {name: reasons[key] for (name, _), key in keys.items() if key in reasons}
 
 
 def encode_mask(sample: Sample, view: View, spec: ModelSpec) -> Mask:
@@ -148,34 +139,3 @@ def read_mask(store: Store, key: str) -> Mask:
     """A mask from the cache. Raises DataError when its entry is missing or damaged."""
     stored = store.read(key)
     return Mask(stored["weights"], stored["forced"])
-
-
-@dataclass(frozen=True)
-class _MaskedView:
-    sample: Sample
-    view: View
-    key: str
-
-
-def _masked_views(sample: Sample, keys: Mapping[tuple[str, int], str]) -> list[_MaskedView]:
-    numbered = enumerate(sample.views)
-    return [
-        _MaskedView(sample, view, keys[at]) for index, view in numbered if (at := (sample.sample_id, index)) in keys
-    ]
-
-
-def _missing(wanted: Sequence[_MaskedView], store_of: Callable[[Sample], Store], tally: MaskTally) -> list[_MaskedView]:
-    """Those of ``wanted`` that have no whole entry; damaged ones are counted."""
-    missing = []
-    for each in wanted:
-        store = store_of(each.sample)
-        if not store.is_whole(each.key):
-            missing.append(each)
-            tally.rebuilt += store.has(each.key)
-    return missing
-
-
-def _write(store: Store, key: str, mask: Mask, sample: Sample) -> None:
-    about = {"kind": "mask", "source": sample.path.name, "bucket": str(sample.bucket)}
-    counted = {"forced_tokens": str(int(mask.forced.sum()))}
-    store.write(key, {"weights": mask.weights, "forced": mask.forced}, about | counted)
