@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 from tuner import Plugin, PluginConfig, hookimpl
 
 if TYPE_CHECKING:
+    from tuner.data.samples import Prepared
     from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
+
+MASKS = ("mask", "segmentation")
+"""Roles of files that weigh the loss."""
 
 
 class WanConfig(PluginConfig):
@@ -28,6 +32,18 @@ class WanPlugin(Plugin[WanConfig]):
         from tuner_wan.describe import describe
 
         return describe(run.config)
+
+    @hookimpl
+    def data_ready(self, run: Run, data: Prepared) -> None:
+        """Warn of masked loss, which people who tried it on Wan found to do harm."""
+        masked = sum(any(sample.companion(role) for role in MASKS) for sample in data.samples)
+        if masked and run.is_main:
+            run.log.warning(
+                "%d of %d samples have a mask: people who trained Wan with masked loss found it harmful; "
+                "compare with a run without conditioning_data",
+                masked,
+                len(data.samples),
+            )
 
     @hookimpl
     def load_model(self, run: Run) -> Model:
