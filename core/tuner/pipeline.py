@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner import output
+from tuner import output, processes
 from tuner.attention import EXACT, AttentionBackend
 from tuner.train import checkpoint, optimizers, schedules
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.data.encode import CachedData
     from tuner.data.plan import Plan
+    from tuner.data.prune import Unused
     from tuner.data.samples import Prepared
     from tuner.manager import Manager
     from tuner.model import Model
@@ -39,23 +40,27 @@ class Survey:
     """Optimizer steps of the whole run."""
 
 
-def survey(assembly: Assembly, *, processes: int = 1) -> Survey:
-    """Configure the plugins, describe the model, look at the data, and plan the epochs.
+def survey(assembly: Assembly) -> Survey:
+    """Configure the plugins, describe the model, look at the data, and plan the epochs of a run in one process.
 
     Raises the first ConfigError, ModelError or DataError that the user can mend.
     """
     from tuner import flow
     from tuner.assembly import new_run
+    from tuner.data import compression
 
     run = new_run(assembly)
+    run.process_index, run.process_count = processes.launched()
     optimizers.check(run.config)
+    if run.config.compress_disk_cache:
+        compression.zstandard()
     spec = describe(run, assembly.manager)
     flow.check(run.config)
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
     run.trained_shape = _most_frequent_shape(prepared)
     hook.data_ready(run=run, spec=spec, data=prepared)
-    plan = make_plan(run, prepared, processes)
+    plan = make_plan(run, prepared, 1)
     return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
 
 
@@ -78,7 +83,7 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
     return bucket.frames, bucket.height, bucket.width
 
 
-def make_plan(run: Run, prepared: Prepared, processes: int) -> Plan:
+def make_plan(run: Run, prepared: Prepared, world: int) -> Plan:
     """The order of training, a pure function of the samples and the config."""
     from tuner.data.plan import Plan
 
@@ -88,7 +93,7 @@ def make_plan(run: Run, prepared: Prepared, processes: int) -> Plan:
         seed=run.config.seed,
         batch_size=run.config.train_batch_size,
         accumulation=run.config.gradient_accumulation_steps,
-        world=processes,
+        world=world,
     )
 
 
@@ -107,14 +112,35 @@ def check(assembly: Assembly) -> None:
     output.show_survey(found)
 
 
-def cache(assembly: Assembly) -> None:
-    """Encode what is not encoded yet, and stop there."""
+def cache(assembly: Assembly, *, verify: bool = False) -> None:
+    """Encode what is not encoded yet, and stop there. Each of several processes does its share.
+
+    ``verify``: read every entry, also those that were found whole before.
+    """
+    from tuner.train.engine import Engine
+
+    with processes.joined():
+        with processes.together():
+            found = survey(assembly)
+            if found.run.is_main:
+                output.show_survey(found)
+        Engine(found.run, several=True)
+        with processes.together():
+            model: Model = assembly.manager.hook.load_model(run=found.run)
+        _encode(assembly, found, model, verify=verify)
+
+
+def unused_entries(assembly: Assembly) -> Unused:
+    """The entries in this config's cache folders that no clip and no caption of it uses, as encoded on this machine."""
+    from tuner.data.encode import entries_in_use, entry_keys
+    from tuner.data.prune import find_unused
     from tuner.train.engine import Engine
 
     found = survey(assembly)
-    output.show_survey(found)
     Engine(found.run)
-    _encode(assembly, found, assembly.manager.hook.load_model(run=found.run))
+    model: Model = assembly.manager.hook.load_model(run=found.run)
+    keys = entry_keys(model, found.prepared, _extra_captions(assembly, found.run))
+    return find_unused(entries_in_use(found.prepared, keys))
 
 
 def run(assembly: Assembly) -> None:
@@ -139,18 +165,25 @@ def run(assembly: Assembly) -> None:
     output.show_result(found, saved)
 
 
-def _encode(assembly: Assembly, found: Survey, model: Model) -> CachedData:
+def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = False) -> CachedData:
     """Fill the cache and let the plugins read the captions they asked for."""
     from tuner.data.encode import build_cache
 
     hook = assembly.manager.hook
-    extra = [caption for answer in hook.extra_captions(run=found.run) for caption in answer]
-    cached = build_cache(found.run, model, hook, found.prepared, extra)
+    with processes.together():
+        extra = _extra_captions(assembly, found.run)
+    cached = build_cache(found.run, model, hook, found.prepared, extra, verify=verify)
     found.run.text_cache, found.run.cached = cached.text, cached
     if cached.prepared is not found.prepared:
-        output.show_data(cached.prepared.report)
-        hook.data_ready(run=found.run, spec=found.spec, data=cached.prepared)
+        with processes.together():
+            if found.run.is_main:
+                output.show_data(cached.prepared.report)
+            hook.data_ready(run=found.run, spec=found.spec, data=cached.prepared)
     return cached
+
+
+def _extra_captions(assembly: Assembly, run: Run) -> list[str]:
+    return [caption for answer in assembly.manager.hook.extra_captions(run=run) for caption in answer]
 
 
 def _train(

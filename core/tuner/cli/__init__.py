@@ -8,7 +8,7 @@ import traceback
 import typer
 
 from tuner.cli import cache, check, plugins, run
-from tuner.errors import TunerError
+from tuner.errors import FailedElsewhere, TunerError
 
 app = typer.Typer(
     name="tuner",
@@ -45,6 +45,8 @@ def main() -> None:
     """Run the command line. What a user can mend is printed without a traceback, with the error's exit code."""
     try:
         app(prog_name="tuner")
+    except FailedElsewhere as error:
+        sys.exit(error.exit_code)
     except TunerError as error:
         if "--debug" in sys.argv:
             traceback.print_exception(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 
 class ConsoleLines(logging.Handler):
@@ -17,9 +18,9 @@ class ConsoleLines(logging.Handler):
 
 
 def show_log() -> None:
-    """Show what tuner logs from INFO up; other libraries keep Python's own rule."""
+    """Show what tuner logs from INFO up, in the first of several processes; other libraries keep Python's own rule."""
     log = logging.getLogger("tuner")
     if not any(isinstance(handler, ConsoleLines) for handler in log.handlers):
         log.addHandler(ConsoleLines())
-        log.setLevel(logging.INFO)
+        log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         log.propagate = False

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tuner.errors import ConfigError
+from tuner.processes import launched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,15 +26,24 @@ DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 class Engine:
     """Devices and precision of this process."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, several: bool = False) -> None:
+        """Take a device, and tell ``run``.
+
+        Arguments
+            several: this may be one of several processes, which are connected already (``tuner.processes``).
+        Raises ConfigError when it is and may not be.
+        """
         from accelerate import Accelerator
 
-        self.accelerator: Accelerator = Accelerator(mixed_precision="no", device_placement=False)
-        if self.accelerator.num_processes > 1:
+        _, count = launched()
+        if count > 1 and not several:
             raise ConfigError(
-                f"{self.accelerator.num_processes} processes were launched, and several devices are not supported yet",
-                remedy="start one process with `tuner run`",
+                f"{count} processes were launched, and several devices are not supported yet",
+                remedy="start one process; only `tuner cache` may be spread over several",
             )
+        # Without being told, Accelerate takes every process on a machine without a GPU for the only one.
+        cpu = count > 1 and not torch.accelerator.is_available()
+        self.accelerator: Accelerator = Accelerator(mixed_precision="no", device_placement=False, cpu=cpu)
         self.device: torch.device = self.accelerator.device
         self.dtype = DTYPES[run.config.mixed_precision]
         self.mixed = run.config.mixed_precision != "no"

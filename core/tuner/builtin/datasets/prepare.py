@@ -65,6 +65,7 @@ def prepare(
         samples=tuple(trained),
         datasets={dataset.id: _dataset(dataset) for dataset in datasets.trained},
         text_cache=datasets.text.cache_dir,
+        text_write_batch_size=datasets.text.write_batch_size,
         report=DataReport(tuple(reports), _notes(datasets, spec)),
         held_out=tuple(held_out),
         caches=tuple(dict.fromkeys(dataset.cache_dir_vae for dataset in datasets.trained)),
