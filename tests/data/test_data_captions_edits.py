@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ from tuner.testing.datasets import make_entry
 TAGS = "red ball, blue sky, green grass, white dog"
 
 
-def read(folder: Path, captions: dict[str, str], seed: int = 0, **values: object) -> Captions:
+def read(folder: Path, captions: dict[str, str], seed: int = 0, **values: Any) -> Captions:
     """The captions of clips whose text files hold ``captions``."""
     clips = [folder / f"{name}.mp4" for name in captions]
     for clip, text in zip(clips, captions.values(), strict=True):
@@ -29,7 +30,7 @@ def read(folder: Path, captions: dict[str, str], seed: int = 0, **values: object
     return captions_of(dataset, Listing(folder, ()), clips, seed=seed)
 
 
-def one(folder: Path, caption: str, seed: int = 0, **values: object) -> tuple[str, ...]:
+def one(folder: Path, caption: str, seed: int = 0, **values: Any) -> tuple[str, ...]:
     (found,) = read(folder, {"clip": caption}, seed, **values).by_clip.values()
     return found
 
