@@ -75,6 +75,15 @@ class ModelSpec:
     """Module name suffixes that LoRA adapts by default."""
     encoders: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Kind of encoding (``text``, ``video``, ``conditioning``) to the components it needs."""
+    conditioning_frames: tuple[str, ...] = ()
+    """Frames that the encoders of kind ``conditioning`` embed: ``first_frame``, ``last_frame``."""
+    condition: str = "none"
+    """What the denoiser is given beside the text: ``first_frame``, ``first_and_last_frame``, ``clean_first_frame``
+    (the first latent frame goes in without noise), or ``none``."""
+    boundary: float | None = None
+    """The noise level at which the first of two experts hands over to the second."""
+    switch_steps: int = 0
+    """Optimizer steps that each network is trained before the next one's turn; 0 where there is one network."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (diffusers module suffix, original module suffix) for exported LoRA keys, most specific first."""
     defaults: dict[str, object] = field(default_factory=dict)

@@ -19,7 +19,8 @@ from tuner.materialise import materialise
 from tuner.model import Model
 from tuner.run import Run
 from tuner_wan import WanPlugin
-from tuner_wan.tiny import build_tiny_t2v
+from tuner_wan.flavours import FLAVOURS
+from tuner_wan.tiny import build_tiny, build_tiny_t2v
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,20 @@ def one_thread() -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny T2V with four blocks. Read only: copy it before you change a file."""
     return build_tiny_t2v(tmp_path_factory.mktemp("base") / "tiny-wan", layers=4)
+
+
+@pytest.fixture(scope="session")
+def flavours(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a flavour's structure, one for each repository. Read only."""
+    root, built = tmp_path_factory.mktemp("flavours"), dict[str, Path]()
+
+    def base(name: str) -> Path:
+        repository = FLAVOURS[name].repository
+        if repository not in built:
+            built[repository] = build_tiny(root / repository.rpartition("/")[2], name)
+        return built[repository]
+
+    return base
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tuner.errors import ConfigError, ModelError
 from tuner.run import Run
 from tuner.spec import ModelSpec
 from tuner_wan import WanPlugin
-from tuner_wan.describe import describe
+from tuner_wan.describe import describe, locate
 from tuner_wan.flavours import FLAVOURS, ORIGINAL_LAYOUTS
 from tuner_wan.names import RENAME, diffusers_name
 
@@ -85,13 +85,63 @@ def test_describing_needs_no_torch(tiny: Path) -> None:
     subprocess.run([sys.executable, "-c", code, str(tiny)], check=True)
 
 
-def test_every_known_flavour_trains_or_says_that_it_comes_later() -> None:
-    for name, flavour in FLAVOURS.items():
-        if flavour.trains:
-            assert described(model_flavour=name).flavour == name
-        else:
-            with pytest.raises(ConfigError, match="comes with a later release of the wan plugin"):
-                described(model_flavour=name)
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_every_flavour_is_described_from_the_table(name: str) -> None:
+    spec, flavour = described(model_flavour=name), FLAVOURS[name]
+    assert (spec.flavour, spec.base) == (name, flavour.repository)
+    assert {network.in_channels for network in spec.networks} == {flavour.in_channels}
+    assert spec.latents.channels == flavour.latent_channels
+    assert spec.size_multiple == 2 * flavour.stride_space
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
+def test_every_flavour_is_described_from_its_files(name: str, flavours: Callable[[str], Path]) -> None:
+    """The tiny model of each flavour's structure is recognised for what it is, and described alike."""
+    spec = described(flavours(name), model_flavour=name)
+    table = described(model_flavour=name)
+    names = [network.name for network in spec.networks]
+    assert names == [network.name for network in table.networks]
+    for ours, real in zip(spec.networks, table.networks, strict=True):
+        assert (ours.in_channels, ours.text_tokens, ours.sigma_range) == (real.in_channels, 512, real.sigma_range)
+    for fact in ("latents", "encoders", "conditioning_frames", "condition", "boundary", "switch_steps", "fps"):
+        assert getattr(spec, fact) == getattr(table, fact), fact
+
+
+def test_experts_and_their_noise_levels() -> None:
+    high, low, both = (described(model_flavour=f"i2v-14b-2.2-{expert}") for expert in ("high", "low", "both"))
+    assert [(each.name, each.sigma_range) for each in high.networks] == [("transformer", (0.9, 1.0))]
+    assert [(each.name, each.sigma_range) for each in low.networks] == [("transformer_2", (0.0, 0.9))]
+    assert both.networks == (*high.networks, *low.networks)
+    assert described(model_flavour="t2v-14b-2.2-high").boundary == 0.875
+
+
+def test_the_boundary_is_the_models_own(flavours: Callable[[str], Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(flavours("t2v-14b-2.2-low"), tmp_path / "model"))
+    edit(base / "model_index.json", boundary_ratio=0.8)
+    spec = described(base, model_flavour="t2v-14b-2.2-both")
+    assert [each.sigma_range for each in spec.networks] == [(0.8, 1.0), (0.0, 0.8)]
+
+
+@pytest.mark.parametrize("name", ["i2v-14b-2.1", "flf2v-14b-2.1", "ti2v-5b-2.2"])
+def test_a_folder_is_recognised_without_a_flavour(name: str, flavours: Callable[[str], Path]) -> None:
+    assert described(flavours(name)).flavour == name
+
+
+def test_two_experts_need_a_choice(flavours: Callable[[str], Path]) -> None:
+    for base in (flavours("i2v-14b-2.2-high"), "Wan-AI/Wan2.2-I2V-A14B-Diffusers"):
+        with pytest.raises(ConfigError, match=r"(?s)two experts.*i2v-14b-2.2-high, i2v-14b-2.2-low, i2v-14b-2.2-both"):
+            described(base)
+
+
+def test_the_second_expert_may_lie_elsewhere(flavours: Callable[[str], Path], tmp_path: Path) -> None:
+    base = flavours("t2v-14b-2.2-high")
+    alone = tmp_path / "alone" / "transformer"
+    shutil.copytree(base / "transformer_2", alone)
+    config = WanPlugin.Config(pretrained_transformer_2_model_name_or_path=str(alone.parent))
+    core = CoreConfig(pretrained_model_name_or_path=str(base), model_flavour="t2v-14b-2.2-both")
+    parts = locate(core, config, FLAVOURS["t2v-14b-2.2-both"])
+    assert parts["transformer"].folder == base / "transformer"
+    assert parts["transformer_2"].folder == alone
 
 
 def test_a_misspelt_flavour_names_the_nearest() -> None:
@@ -176,14 +226,8 @@ def test_a_broken_config_file_is_named(copied: Path) -> None:
 )
 def test_a_denoiser_of_another_flavour_is_named(copied: Path, changes: dict[str, int], looks_like: str) -> None:
     edit(copied / "transformer" / "config.json", **changes)
-    with pytest.raises(ConfigError, match=f"'{looks_like}' comes with a later release"):
-        described(copied)
-
-
-def test_a_two_expert_model_is_named(copied: Path) -> None:
-    edit(copied / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
-    with pytest.raises(ConfigError, match=r"two denoisers.*t2v-14b-2.2-high"):
-        described(copied)
+    with pytest.raises(ConfigError, match=rf"like flavour '{looks_like}'(.|\n)*set model_flavour to '{looks_like}'"):
+        described(copied, model_flavour="t2v-480p-1.3b-2.1")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from tuner import Plugin, PluginConfig, hookimpl
+from tuner import Plugin, PluginConfig, hookimpl, key
 
 if TYPE_CHECKING:
     from tuner.data.samples import Prepared
@@ -17,11 +17,27 @@ MASKS = ("mask", "segmentation")
 
 
 class WanConfig(PluginConfig):
-    """Keys of the Wan family: none beside the core's own."""
+    """Keys of the Wan family beside the core's own."""
+
+    pretrained_transformer_2_model_name_or_path: str | None = key(
+        None, "Take the low-noise expert from here instead: a folder, a hub repository or a single `.safetensors` file."
+    )
+    wan_force_2_1_time_embedding: bool = key(
+        False, "Give the network one time per clip where Wan 2.2 5B would give one per token."
+    )
+    wan_validation_load_other_stage: bool = key(
+        False, "Validate with both experts of Wan 2.2, the one that is not trained as it comes."
+    )
+    wan_expert_switch_steps: int = key(
+        100, "Flavours `…-both`: optimizer steps that one expert is trained before the other's turn.", ge=1
+    )
+    wan_condition: Literal["first_frame", "none"] = key(
+        "first_frame", "`ti2v-5b-2.2`: continue the clip's first frame, or train from text alone (`none`)."
+    )
 
 
 class WanPlugin(Plugin[WanConfig]):
-    """Wan 2.1 text to video, 1.3B and 14B, in the diffusers layout."""
+    """Wan 2.1 and 2.2: text to video, image to video, both experts."""
 
     provides = frozenset({"model-family"})
     Config = WanConfig
@@ -31,7 +47,7 @@ class WanPlugin(Plugin[WanConfig]):
         """From config.json files, or from the table of flavours."""
         from tuner_wan.describe import describe
 
-        return describe(run.config)
+        return describe(run.config, self.config)
 
     @hookimpl
     def data_ready(self, run: Run, data: Prepared) -> None:
@@ -50,7 +66,7 @@ class WanPlugin(Plugin[WanConfig]):
         """Fetch what is missing and build the denoiser without storage."""
         from tuner_wan.loading import load
 
-        return load(run)
+        return load(run, self.config)
 
     @hookimpl
     def encode_batch(self, model: Model, batch: EncodeBatch) -> Encoded:

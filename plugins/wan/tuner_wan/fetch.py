@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tuner.errors import ModelError
-from tuner_wan.sources import Part, check_whole
+from tuner_wan.sources import CONFIGS, Part, check_whole
 
 
 def fetch(parts: Mapping[str, Part]) -> dict[str, Part]:
@@ -18,19 +18,31 @@ def fetch(parts: Mapping[str, Part]) -> dict[str, Part]:
     """
     wanted: dict[tuple[str, str | None], list[str]] = {}
     for part in parts.values():
-        if part.on_hub:
-            wanted.setdefault((part.base, part.revision), []).extend(part.patterns())
-    denoiser, scheduler = parts["transformer"], parts["scheduler"]
-    if denoiser.file is not None and scheduler.on_hub:
-        # A single file brings no config.json: the base's own goes with it.
-        wanted[scheduler.base, scheduler.revision].append("transformer/config.json")
+        source, patterns = _source(part)
+        if source is not None:
+            wanted.setdefault((source.base, source.revision), []).extend(patterns)
     snapshots = {place: _download(*place, patterns) for place, patterns in wanted.items()}
-    fetched = {
-        name: replace(part, folder=snapshots[part.base, part.revision] / part.subfolder) if part.on_hub else part
-        for name, part in parts.items()
-    }
+    fetched = {name: _placed(part, snapshots) for name, part in parts.items()}
     check_whole(fetched.values())
     return fetched
+
+
+def _source(part: Part) -> tuple[Part | None, list[str]]:
+    """What of a part lies on the hub, and the files of it that are read. A single file brings no config.json."""
+    if part.on_hub:
+        return part, part.patterns()
+    if part.file is not None and part.beside is not None and part.beside.on_hub:
+        return part.beside, [f"{part.beside.subfolder}/{CONFIGS[part.name]}"]
+    return None, []
+
+
+def _placed(part: Part, snapshots: Mapping[tuple[str, str | None], Path]) -> Part:
+    """The part, and what goes with it, in its local folder."""
+    if part.on_hub:
+        return replace(part, folder=snapshots[part.base, part.revision] / part.subfolder)
+    if part.beside is not None and (part.beside.base, part.beside.revision) in snapshots:
+        return replace(part, beside=_placed(part.beside, snapshots))
+    return part
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:

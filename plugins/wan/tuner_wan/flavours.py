@@ -1,11 +1,13 @@
 """The flavours of Wan: where each lives and what it looks like, so that nothing need be downloaded to know.
 
-Figures from the repositories' own config.json files.
+Dimensions are from the repositories' own config.json files; steps, guidance, shift and sizes are what Wan's
+authors render with (``wan/configs`` of their code).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from tuner.errors import ConfigError, nearest
 from tuner.spec import LatentGeometry
@@ -14,6 +16,9 @@ DEFAULT_FLAVOUR = "t2v-480p-1.3b-2.1"
 TEXT_TOKENS = 512
 """Length of the text that the network reads; shorter prompts are padded with zeros, without a mask."""
 HEAD_DIM = 128
+
+Condition = Literal["none", "first_frame", "first_and_last_frame", "clean_first_frame"]
+Expert = Literal["high", "low", "both"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,22 @@ class Flavour:
     latent_channels: int = 16
     stride_space: int = 8
     fps: float = 16.0
+    size: tuple[int, int] = (832, 480)
+    """Width and height of the clips it was trained on."""
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    """Guidance below the boundary, where the low-noise expert renders; None is the same."""
     flow_shift: float = 5.0
-    """Shift of the sampler where the model has no scheduler config: 3 for 480p, 5 above (Wan's authors' advice)."""
+    """Shift of the sampler where the model has no scheduler config."""
+    condition: Condition = "none"
+    """What it is given beside the text: a first frame (and a last one), or a first latent frame without noise."""
     image_context: bool = False
     """Whether CLIP embeddings of an image go into cross-attention (2.1 image to video)."""
-    experts: int = 1
-    trains: bool = False
-    """Whether this version trains it."""
+    expert: Expert | None = None
+    """Which expert is trained, of a model that has two."""
+    boundary: float | None = None
+    """The noise level at which the high-noise expert hands over to the other."""
 
     @property
     def dim(self) -> int:
@@ -43,35 +57,87 @@ class Flavour:
         return self.heads * HEAD_DIM
 
     @property
+    def experts(self) -> int:
+        """Denoisers that the model has."""
+        return 1 if self.expert is None else 2
+
+    @property
     def latents(self) -> LatentGeometry:
         """How pixels become latents; every flavour's VAE makes one latent frame of four."""
         return LatentGeometry(channels=self.latent_channels, stride_time=4, stride_space=self.stride_space)
 
+    @property
+    def networks(self) -> tuple[tuple[str, tuple[float, float]], ...]:
+        """(subfolder, noise levels) of each denoiser that is trained. The high-noise expert is ``transformer``."""
+        high, low = ("transformer", (self.boundary or 0.0, 1.0)), ("transformer_2", (0.0, self.boundary or 0.0))
+        if self.expert is None:
+            return (("transformer", (0.0, 1.0)),)
+        return {"high": (high,), "low": (low,), "both": (high, low)}[self.expert]
 
-def _of_14b(name: str, repository: str, **extra: float | bool) -> Flavour:
-    return Flavour(name, f"Wan-AI/{repository}", blocks=40, heads=40, ffn_dim=13824, **extra)  # type: ignore[arg-type]
+
+_SMALL = Flavour(DEFAULT_FLAVOUR, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 30, 12, 8960, flow_shift=3.0, guidance=6.0)
+_LARGE = Flavour("t2v-480p-14b-2.1", "Wan-AI/Wan2.1-T2V-14B-Diffusers", 40, 40, 13824, flow_shift=3.0)
+_IMAGE = replace(
+    _LARGE,
+    name="i2v-14b-2.1",
+    repository="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+    in_channels=36,
+    steps=40,
+    condition="first_frame",
+    image_context=True,
+)
+_TEXT_EXPERTS = replace(
+    _LARGE,
+    repository="Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    size=(1280, 720),
+    steps=40,
+    guidance=4.0,
+    guidance_2=3.0,
+    flow_shift=12.0,
+    boundary=0.875,
+)
+_IMAGE_EXPERTS = replace(
+    _TEXT_EXPERTS,
+    repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    in_channels=36,
+    guidance=3.5,
+    guidance_2=3.5,
+    flow_shift=5.0,
+    boundary=0.9,
+    condition="first_frame",
+)
+
+
+def _experts(kind: str, model: Flavour) -> list[Flavour]:
+    experts: tuple[Expert, ...] = ("high", "low", "both")
+    return [replace(model, name=f"{kind}-14b-2.2-{expert}", expert=expert) for expert in experts]
 
 
 FLAVOURS = {
     flavour.name: flavour
     for flavour in (
-        Flavour(
-            DEFAULT_FLAVOUR,
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-            blocks=30,
-            heads=12,
-            ffn_dim=8960,
-            flow_shift=3.0,
-            trains=True,
+        _SMALL,
+        _LARGE,
+        _IMAGE,
+        replace(
+            _IMAGE,
+            name="i2v-14b-2.1-720p",
+            repository="Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
+            size=(1280, 720),
+            flow_shift=5.0,
         ),
-        _of_14b("t2v-480p-14b-2.1", "Wan2.1-T2V-14B-Diffusers", flow_shift=3.0, trains=True),
-        _of_14b("i2v-14b-2.1", "Wan2.1-I2V-14B-480P-Diffusers", in_channels=36, image_context=True),
-        _of_14b("i2v-14b-2.1-720p", "Wan2.1-I2V-14B-720P-Diffusers", in_channels=36, image_context=True),
-        _of_14b("flf2v-14b-2.1", "Wan2.1-FLF2V-14B-720P-diffusers", in_channels=36, image_context=True),
-        _of_14b("t2v-14b-2.2-high", "Wan2.2-T2V-A14B-Diffusers", experts=2),
-        _of_14b("t2v-14b-2.2-low", "Wan2.2-T2V-A14B-Diffusers", experts=2),
-        _of_14b("i2v-14b-2.2-high", "Wan2.2-I2V-A14B-Diffusers", in_channels=36, experts=2),
-        _of_14b("i2v-14b-2.2-low", "Wan2.2-I2V-A14B-Diffusers", in_channels=36, experts=2),
+        replace(
+            _IMAGE,
+            name="flf2v-14b-2.1",
+            repository="Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers",
+            size=(1280, 720),
+            steps=50,
+            guidance=5.5,
+            flow_shift=16.0,
+            condition="first_and_last_frame",
+        ),
+        *_experts("t2v", _TEXT_EXPERTS),
+        *_experts("i2v", _IMAGE_EXPERTS),
         Flavour(
             "ti2v-5b-2.2",
             "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
@@ -82,6 +148,8 @@ FLAVOURS = {
             latent_channels=48,
             stride_space=16,
             fps=24.0,
+            size=(1280, 704),
+            condition="clean_first_frame",
         ),
     )
 }
@@ -99,47 +167,35 @@ ORIGINAL_LAYOUTS = {
 """Repositories in the layout of Wan's own code, which we do not read, to those in the diffusers layout."""
 
 
-def choose(name: str | None, base: str | None) -> Flavour:
-    """The flavour called ``name``; without a name that of the known repository ``base``, else the default.
+def of_repository(base: str | None) -> list[Flavour]:
+    """The flavours that the known repository ``base`` holds, the usual one first; none for any other base."""
+    return [flavour for flavour in FLAVOURS.values() if base is not None and flavour.repository == base]
 
-    Raises ConfigError for an unknown name, for a flavour that this version does not train, and where
-    name and repository contradict each other.
+
+def named(name: str, base: str | None) -> Flavour:
+    """The flavour called ``name``.
+
+    Raises ConfigError for an unknown name, and where name and known repository contradict each other.
     """
-    from_base = [flavour for flavour in FLAVOURS.values() if base is not None and flavour.repository == base]
-    if name is None:
-        flavour = from_base[0] if from_base else FLAVOURS[DEFAULT_FLAVOUR]
-    elif name in FLAVOURS:
-        flavour = FLAVOURS[name]
-    else:
+    if name not in FLAVOURS:
         raise ConfigError(
-            f"model_flavour {name!r} is not a flavour of wan", allowed=trained(), nearest=nearest(name, FLAVOURS)
+            f"model_flavour {name!r} is not a flavour of wan", allowed=FLAVOURS, nearest=nearest(name, FLAVOURS)
         )
-    if not flavour.trains:
-        raise coming_later(flavour)
-    if from_base and flavour not in from_base:
+    flavour, held = FLAVOURS[name], of_repository(base)
+    if held and flavour not in held:
         raise ConfigError(
-            f"model_flavour is {flavour.name!r}, but pretrained_model_name_or_path {base!r} is {from_base[0].name!r}",
+            f"model_flavour is {flavour.name!r}, but pretrained_model_name_or_path {base!r} is {held[0].name!r}",
             remedy=f"drop one of the two, or set pretrained_model_name_or_path to {flavour.repository}",
         )
     return flavour
 
 
-def trained() -> list[str]:
-    """Names of the flavours that this version trains."""
-    return [flavour.name for flavour in FLAVOURS.values() if flavour.trains]
-
-
-def coming_later(flavour: Flavour, where: object = None) -> ConfigError:
-    """The error for a flavour that is known and not trained yet."""
-    return ConfigError(
-        f"flavour {flavour.name!r} comes with a later release of the wan plugin", where=where, allowed=trained()
-    )
-
-
-def resembling(in_channels: int, *, image_context: bool, last_frame: bool) -> Flavour | None:
-    """The flavour that a denoiser of these properties looks like; None when it is like none."""
-    for flavour in FLAVOURS.values():
-        same = (flavour.in_channels, flavour.image_context) == (in_channels, image_context)
-        if same and flavour.name.startswith("flf2v") == last_frame:
-            return flavour
-    return None
+def resembling(in_channels: int, *, image_context: bool, last_frame: bool, experts: int | None) -> list[Flavour]:
+    """The flavours that a model of these properties looks like; ``experts`` None is any number of them."""
+    return [
+        flavour
+        for flavour in FLAVOURS.values()
+        if (flavour.in_channels, flavour.image_context) == (in_channels, image_context)
+        and (flavour.condition == "first_and_last_frame") == last_frame
+        and experts in (None, flavour.experts)
+    ]

@@ -16,9 +16,9 @@ from tuner.errors import ModelError
 from tuner.model import Component, Network
 from tuner.spec import ModelSpec, NetworkSpec
 from tuner_wan import encode, sources
-from tuner_wan.describe import denoiser_config, describe, sampler_shift
+from tuner_wan.describe import choose, denoiser_config, describe, locate, sampler_shift
 from tuner_wan.fetch import fetch
-from tuner_wan.flavours import TEXT_TOKENS, choose
+from tuner_wan.flavours import TEXT_TOKENS
 from tuner_wan.model import WanModel
 from tuner_wan.names import diffusers_name, is_original
 from tuner_wan.sources import STEMS, Part
@@ -27,25 +27,29 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
     from tuner.run import Run
+    from tuner_wan import WanConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load(run: Run) -> WanModel:
+def load(run: Run, own: WanConfig | None = None) -> WanModel:
     """The configured model: networks on the meta device, components not loaded.
 
     Fetches what lies in hub repositories first. Raises ModelError for files that cannot be had, are
     incomplete, or turn out to differ from what ``describe_model`` said without them.
     """
     core = run.config
-    flavour = choose(core.model_flavour, core.pretrained_model_name_or_path)
-    parts = fetch(sources.locate_parts(core, flavour))
-    spec = describe(core)
+    flavour = choose(core)
+    parts = fetch(locate(core, own, flavour))
+    spec = describe(core, own)
     _check_described(run.spec, spec)
     dtype = DTYPES[core.base_model_default_dtype] if core.base_model_default_dtype else run.dtype
-    network = build_network(spec.networks[0], denoiser_config(parts, flavour), parts["transformer"], dtype)
+    networks = [
+        build_network(each, denoiser_config(parts[each.name], flavour), parts[each.name], dtype)
+        for each in spec.networks
+    ]
     scheduler = sources.read_config(parts["scheduler"]) or {}
-    return WanModel(spec, [network], _components(parts, run), scheduler, sampler_shift(parts, core, flavour))
+    return WanModel(spec, networks, _components(parts, run), scheduler, sampler_shift(parts, core, flavour))
 
 
 def _check_described(before: ModelSpec | None, now: ModelSpec) -> None:

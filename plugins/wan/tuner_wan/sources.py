@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,28 @@ if TYPE_CHECKING:
 
 DENOISER_STEM = "diffusion_pytorch_model"
 ENCODER_STEM = "model"
-STEMS = {"transformer": DENOISER_STEM, "vae": DENOISER_STEM, "text_encoder": ENCODER_STEM}
+STEMS = {
+    "transformer": DENOISER_STEM,
+    "transformer_2": DENOISER_STEM,
+    "vae": DENOISER_STEM,
+    "text_encoder": ENCODER_STEM,
+    "image_encoder": ENCODER_STEM,
+}
 """Part to the name of its weight file, without suffix and shard number."""
 CONFIGS = {
     "transformer": "config.json",
+    "transformer_2": "config.json",
     "vae": "config.json",
     "text_encoder": "config.json",
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
+    "image_encoder": "config.json",
+    "image_processor": "preprocessor_config.json",
 }
+BASE_KEY = "pretrained_model_name_or_path"
+SAFETENSORS = ".safetensors"
+SINGLE_FILES = ("transformer", "transformer_2", "vae", "text_encoder")
+"""Parts whose weights may be a single file."""
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 """A tokenizer has one of these."""
 
@@ -37,7 +50,7 @@ class Part:
     """One part of the model and where it lies."""
 
     name: str
-    """``transformer``, ``vae``, ``text_encoder``, ``tokenizer`` or ``scheduler``."""
+    """Its subfolder in the diffusers layout: ``transformer``, ``vae``, ``tokenizer`` …"""
     key: str
     """The config key that says where."""
     base: str
@@ -48,6 +61,8 @@ class Part:
     """The folder of this part; None while it is only on the hub, and for a single file."""
     file: Path | None = None
     """The single ``.safetensors`` file it is read from."""
+    beside: Part | None = None
+    """The base's own part of this name: its config.json goes with a single file of weights."""
 
     @property
     def on_hub(self) -> bool:
@@ -62,48 +77,68 @@ class Part:
         return [f"{prefix}config.json", f"{prefix}{STEMS[self.name]}*.safetensors", f"{prefix}*.safetensors.index.json"]
 
 
-def locate_parts(core: CoreConfig, flavour: Flavour) -> dict[str, Part]:
+def locate_parts(core: CoreConfig, flavour: Flavour, second: str | None = None) -> dict[str, Part]:
     """Every part by name, from ``pretrained_model_name_or_path`` and the keys that override it.
 
+    Arguments
+        second: where the low-noise expert lies, if not where everything else does.
     Raises ModelError for a path that is neither a folder nor the name of a repository, and for folders
     in the layout of Wan's own code.
     """
-    base_key = "pretrained_model_name_or_path"
     base = core.pretrained_model_name_or_path or flavour.repository
-    subfolder = core.pretrained_transformer_subfolder
-    transformer = _part(
-        "transformer",
-        "pretrained_transformer_model_name_or_path" if core.pretrained_transformer_model_name_or_path else base_key,
-        core.pretrained_transformer_model_name_or_path or base,
-        "" if subfolder is None or subfolder.lower() in ("", "none") else subfolder,
-        flavour,
-        core.revision,
+    overrides = {
+        "transformer": ("pretrained_transformer_model_name_or_path", core.pretrained_transformer_model_name_or_path),
+        "vae": ("pretrained_vae_model_name_or_path", core.pretrained_vae_model_name_or_path),
+        "text_encoder": ("pretrained_t5_model_name_or_path", core.pretrained_t5_model_name_or_path),
+    }
+    overrides["transformer_2"] = (
+        ("pretrained_transformer_2_model_name_or_path", second) if second else overrides["transformer"]
     )
-    parts = [transformer]
-    for name, override_key in (
-        ("vae", "pretrained_vae_model_name_or_path"),
-        ("text_encoder", "pretrained_t5_model_name_or_path"),
-        ("tokenizer", "pretrained_t5_model_name_or_path"),
-        ("scheduler", base_key),
-    ):
-        override = getattr(core, override_key)
-        parts.append(
-            _part(name, override_key if override else base_key, override or base, name, flavour, core.revision)
-        )
+    if Path(core.pretrained_t5_model_name_or_path or "").suffix != SAFETENSORS:
+        overrides["tokenizer"] = overrides["text_encoder"]
+    parts = []
+    for name in _part_names(flavour):
+        own = _part(name, BASE_KEY, base, name, flavour, core.revision)
+        key, override = overrides.get(name, (BASE_KEY, None))
+        subfolder = _subfolder(name, core.pretrained_transformer_subfolder, override or base)
+        if override is None and subfolder == name:
+            parts.append(own)
+        else:
+            revision = None if override else core.revision
+            part = _part(name, key if override else BASE_KEY, override or base, subfolder, flavour, revision)
+            parts.append(replace(part, beside=own))
     return {part.name: part for part in parts}
+
+
+def _part_names(flavour: Flavour) -> list[str]:
+    image = ["image_encoder", "image_processor"] if flavour.image_context else []
+    return [*(name for name, _ in flavour.networks), "vae", "text_encoder", "tokenizer", "scheduler", *image]
+
+
+def _subfolder(name: str, wish: str | None, place: str) -> str:
+    """Where part ``name`` lies in ``place``; ``pretrained_transformer_subfolder`` is for the denoisers."""
+    if name not in ("transformer", "transformer_2"):
+        return name
+    if wish is None or wish.lower() in ("", "none"):
+        return ""
+    if wish != "transformer" or name == "transformer":
+        return wish
+    # A folder with one denoiser, given for the second expert, has it under the usual name.
+    folder = Path(place).expanduser()
+    return wish if folder.is_dir() and not (folder / name).is_dir() and (folder / wish).is_dir() else name
 
 
 def _part(name: str, key: str, base: str, subfolder: str, flavour: Flavour, revision: str | None) -> Part:
     path = Path(base).expanduser()
-    revision = revision if key == "pretrained_model_name_or_path" else None
     if path.is_dir():
         _refuse_original_layout(path, key, flavour)
         return Part(name, key, base, subfolder, revision, path / subfolder)
     if path.is_file():
-        if name != "transformer" or path.suffix != ".safetensors":
+        if name not in SINGLE_FILES or path.suffix != SAFETENSORS:
             raise ModelError(
                 f"{key} is the file {base!r}",
-                allowed="a folder or a hub repository; a single .safetensors file only for the denoiser",
+                allowed="a folder or a hub repository; a single .safetensors file only for a denoiser, the VAE or "
+                "the text encoder",
             )
         return Part(name, key, base, subfolder, revision, None, path)
     _check_repository(base, key, flavour)
@@ -147,26 +182,30 @@ def _original_layout(base: str, key: str, repository: str) -> ModelError:
 
 def check_whole(parts: Iterable[Part]) -> None:
     """Raise one ModelError that names every file which local parts lack."""
-    missing = [str(path) for part in parts for path in _missing(part)]
-    if missing:
+    lacking = [str(path) for part in parts for path in missing(part)]
+    if lacking:
         raise ModelError(
-            f"the base model lacks {len(missing)} file{'s' if len(missing) > 1 else ''}",
-            where=", ".join(missing),
+            f"the base model lacks {len(lacking)} file{'s' if len(lacking) > 1 else ''}",
+            where=", ".join(lacking),
             remedy="fetch it again whole, or check pretrained_model_name_or_path and the keys that override it",
         )
 
 
-def _missing(part: Part) -> list[Path]:
+def missing(part: Part) -> list[Path]:
+    """The files that a local part lacks."""
+    if part.file is not None and part.beside is not None and part.beside.folder is not None:
+        config = part.beside.folder / CONFIGS[part.name]
+        return [] if config.is_file() else [config]
     if part.folder is None:
         return []
     if not part.folder.is_dir():
         return [part.folder]
-    missing = [] if (part.folder / CONFIGS[part.name]).is_file() else [part.folder / CONFIGS[part.name]]
+    lacking = [] if (part.folder / CONFIGS[part.name]).is_file() else [part.folder / CONFIGS[part.name]]
     if part.name in STEMS:
-        missing += [path for path in weight_files(part.folder, STEMS[part.name]) if not path.is_file()]
+        lacking += [path for path in weight_files(part.folder, STEMS[part.name]) if not path.is_file()]
     elif part.name == "tokenizer" and not any((part.folder / name).is_file() for name in TOKENIZER_FILES):
-        missing.append(part.folder / "tokenizer.json")
-    return missing
+        lacking.append(part.folder / "tokenizer.json")
+    return lacking
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -211,8 +250,8 @@ def read_config(part: Part) -> dict[str, Any] | None:
     name = CONFIGS[part.name]
     if part.folder is not None:
         return read_json(part.folder / name)
-    if not part.on_hub:
-        return None
+    if part.file is not None:
+        return None if part.beside is None else read_config(part.beside)
     return _cached(part, f"{part.subfolder}/{name}" if part.subfolder else name)
 
 
