@@ -25,6 +25,9 @@ def load(run: Run) -> ToyModel:
     """The model of ``pretrained_model_name_or_path``; its network has no storage yet."""
     from accelerate import init_empty_weights
 
+    for name in ("vae_enable_tiling", "vae_enable_slicing"):
+        if getattr(run.config, name):
+            run.log.warning("%s has no effect: the toy VAE encodes whole clips, all of a batch at once", name)
     folder, spec = model_folder(run.config), run.spec or describe(run.config)
     dimensions = read_dimensions(folder)
     with init_empty_weights(include_buffers=False):
