@@ -26,9 +26,12 @@ from tuner_wan.sources import STEMS, Part
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+    from tuner.config.keys import CoreConfig
     from tuner.run import Run
     from tuner_wan import WanConfig
 
+TILE, TILE_STRIDE = 256, 192
+"""Pixels: the sides of a tile of the VAE, and how far apart tiles begin; what overlaps is blended."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -135,9 +138,9 @@ def _components(parts: Mapping[str, Part], run: Run) -> dict[str, Component]:
             version=encode.TEXT_VERSION,
         ),
         "vae": Component(
-            load=partial(load_vae, vae, run.device),
+            load=lambda: in_parts(load_vae(vae, run.device), run.config),
             files=_files(vae, "vae"),
-            settings={"dtype": str(torch.float32)},
+            settings={"dtype": str(torch.float32)} | tiling_settings(run.config),
             version=encode.VIDEO_VERSION,
         ),
     }
@@ -177,6 +180,24 @@ def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
         raise _cannot_load("VAE", error, folder) from error
     _check_found(set(found["missing_keys"]), folder)
     return _frozen(vae, device)
+
+
+def in_parts(vae: AutoencoderKLWan, core: CoreConfig) -> AutoencoderKLWan:
+    """``vae``, working tile by tile (``vae_enable_tiling``) and clip by clip (``vae_enable_slicing``) where it should.
+
+    Tiles change its output where a side is longer than one tile. Slicing changes nothing: clips are encoded and
+    decoded one at a time in any case.
+    """
+    if core.vae_enable_tiling:
+        vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
+    if core.vae_enable_slicing:
+        vae.enable_slicing()
+    return vae
+
+
+def tiling_settings(core: CoreConfig) -> dict[str, str]:
+    """What tiling adds to the settings that the cache knows the VAE by."""
+    return {"tiles": f"{TILE} every {TILE_STRIDE} pixels"} if core.vae_enable_tiling else {}
 
 
 def _frozen(model: Any, device: torch.device) -> Any:
