@@ -59,7 +59,7 @@ def one(folder: Path, caption: str, seed: int = 0, **values: Any) -> tuple[str, 
         ),
     ],
 )
-def test_prefix_and_suffix(tmp_path: Path, values: dict[str, object], expected: str) -> None:
+def test_prefix_and_suffix(tmp_path: Path, values: dict[str, Any], expected: str) -> None:
     assert one(tmp_path, "a cat", **values) == (expected,)
 
 
