@@ -290,6 +290,13 @@ def test_a_disabled_entry_may_be_of_any_kind_and_is_noted() -> None:
     assert read.notes == ("dataset 'later' is disabled",)
 
 
+@pytest.mark.parametrize("word", [True, "true", "True", "yes", "y", "on", 1, 1.0])
+def test_disabled_in_any_word_that_means_true(word: Any) -> None:
+    gone = VIDEO | {"id": "later", "instance_data_dir": "gone", "disabled": word}
+    assert [each.id for each in read_datasets(core(VIDEO, gone, TEXT)).trained] == ["v"]
+    assert "disabled cannot be" in message(VIDEO | {"disabled": "perhaps"}, TEXT)
+
+
 def test_a_missing_folder_is_a_data_error() -> None:
     with pytest.raises(DataError):
         read_datasets(core(VIDEO | {"instance_data_dir": "elsewhere"}, TEXT))

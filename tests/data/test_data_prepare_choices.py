@@ -205,6 +205,9 @@ def test_a_source_that_knows_captions_is_asked_unless_the_dataset_says_otherwise
 
     with pytest.raises(DataError, match=r"a clip has no caption in shelf\.csv: 00\.png"):
         shelved()
+    with pytest.raises(DataError) as caught:
+        shelved(manifest="https://me:secret@shelf.test/a.csv?key=secret")
+    assert "no caption in https://shelf.test/a.csv: 00.png" in str(caught.value)
     assert shelved(caption_strategy="textfile").samples[0].captions == ("picture 00",)
     (pictures / "00.png").rename(tmp_path / "00.png")
     data = shelved()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from tuner import rng
 from tuner.builtin.datasets.captions import captions_of
@@ -127,8 +128,10 @@ def _suffixes(dataset: AnyTrained) -> frozenset[str]:
 
 
 def _table(dataset: AnyTrained, datasets: Datasets) -> str:
-    """The file that a source reads captions from, where one of its keys says so."""
-    return str(datasets.source_keys[dataset.id].model_dump().get("manifest") or "")
+    """The file that a source reads captions from, where one of its keys says so; an address without its secrets."""
+    named = str(datasets.source_keys[dataset.id].model_dump().get("manifest") or "")
+    address = urlsplit(named)
+    return f"{address.scheme}://{address.hostname or ''}{address.path}" if "://" in named else named
 
 
 def _dataset(dataset: AnyTrained) -> Dataset:

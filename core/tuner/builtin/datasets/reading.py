@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tuner.builtin.datasets.entries import (
     KINDS,
     LOCAL,
@@ -53,6 +55,7 @@ OTHER_KEYS = {
     "jsonl": 'write "type": "jsonl" and "manifest": "<the table>" instead',
 }
 """Keys that have another shape here."""
+_FLAG = TypeAdapter(bool)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,11 @@ def _raw_entries(core: CoreConfig) -> tuple[list[dict[str, Any]], str]:
 
 
 def _is_disabled(values: Mapping[str, Any]) -> bool:
-    return str(values.get("disabled", False)).strip().lower() in ("true", "1", "yes", "on")
+    """Whether an entry is left out, by the words that its key takes; a wrong value is said when it is read."""
+    try:
+        return _FLAG.validate_python(values.get("disabled", False))
+    except ValidationError:
+        return False
 
 
 def _entry(
