@@ -6,5 +6,6 @@ BUILTINS = {
     "lora": "tuner.builtin.lora:LoraPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
+    "sources": "tuner.builtin.sources:SourcesPlugin",
 }
 """Plugin name to ``module:Class``."""
