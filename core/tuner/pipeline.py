@@ -48,20 +48,23 @@ def survey(assembly: Assembly) -> Survey:
     from tuner import flow
     from tuner.assembly import new_run
     from tuner.data import compression
+    from tuner.data.plan import check_keys, check_sizes
 
     run = new_run(assembly)
-    run.process_index, run.process_count = processes.launched()
+    run.process_index, _ = processes.launched()
     optimizers.check(run.config)
     if run.config.compress_disk_cache:
         compression.zstandard()
     spec = describe(run, assembly.manager)
     flow.check(run.config)
+    check_keys(run.config)
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
     run.trained_shape = _most_frequent_shape(prepared)
     hook.data_ready(run=run, spec=spec, data=prepared)
+    check_sizes(prepared, run.config)
     plan = make_plan(run, prepared, 1)
-    return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan.steps_per_epoch))
+    return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan))
 
 
 def describe(run: Run, manager: Manager) -> ModelSpec:
@@ -87,6 +90,8 @@ def make_plan(run: Run, prepared: Prepared, world: int) -> Plan:
     """The order of training, a pure function of the samples and the config."""
     from tuner.data.plan import Plan
 
+    assert run.spec is not None  # the data were prepared for it
+    network, latents = run.spec.networks[0], run.spec.latents
     return Plan(
         prepared.samples,
         prepared.datasets,
@@ -94,6 +99,9 @@ def make_plan(run: Run, prepared: Prepared, world: int) -> Plan:
         batch_size=run.config.train_batch_size,
         accumulation=run.config.gradient_accumulation_steps,
         world=world,
+        drop_small_buckets=run.config.small_buckets == "drop",
+        batch_tokens=run.config.batch_tokens,
+        tokens=lambda each: network.tokens(*latents.shape(each.frames, each.height, each.width)[1:]),
     )
 
 
@@ -148,6 +156,8 @@ def run(assembly: Assembly) -> None:
     from tuner import transforms
     from tuner.train.engine import Engine
 
+    with processes.joined(), processes.together():
+        processes.refuse_several()
     found = survey(assembly)
     output.show_survey(found)
     resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
@@ -201,6 +211,7 @@ def _train(
 
     run = found.run
     plan = found.plan if cached.prepared is found.prepared else make_plan(run, cached.prepared, run.process_count)
+    plan.check_until(found.total)  # clips that could not be encoded may have been a dataset's last
     loader = Loader(
         cached,
         plan,

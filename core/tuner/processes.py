@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from tuner.errors import FailedElsewhere
+from tuner.errors import ConfigError, FailedElsewhere
 
 PATIENCE = timedelta(days=30)
 """Processes wait this long for each other: shares of a large cache may differ by hours."""
@@ -26,10 +26,20 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def refuse_several() -> None:
+    """Raise ConfigError where more than one process was launched."""
+    _, count = launched()
+    if count > 1:
+        raise ConfigError(
+            f"{count} processes were launched, and several devices are not supported yet",
+            remedy="start one process; only `tuner cache` may be spread over several",
+        )
+
+
 @contextmanager
 def joined() -> Iterator[None]:
-    """Connected with the other processes of the launch, where there are any, until the block ends."""
-    if launched()[1] == 1:
+    """Connected with the other processes of the launch, where there are any, until the outermost block ends."""
+    if launched()[1] == 1 or _are_several():
         yield
         return
     from torch import distributed

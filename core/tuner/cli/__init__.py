@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 
 import typer
@@ -46,6 +47,8 @@ def main() -> None:
     try:
         app(prog_name="tuner")
     except FailedElsewhere as error:
+        # Launchers end all processes when the first one does: the one at fault must have said why.
+        time.sleep(1)
         sys.exit(error.exit_code)
     except TunerError as error:
         if "--debug" in sys.argv:

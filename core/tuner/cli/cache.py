@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tuner import processes
 from tuner.cli import options
 from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tuner.assembly import Assembly
     from tuner.data.prune import Unused
 
 LISTED = 20
@@ -23,7 +25,9 @@ def cache(
     without: options.Without = None,
     strict: options.Strict = False,
     debug: options.Debug = False,
-    verify: bool = typer.Option(False, "--verify", help="Read and check every entry, also those that were found whole before."),
+    verify: bool = typer.Option(
+        False, "--verify", help="Read and check every entry, also those that were found whole before."
+    ),
     prune: bool = typer.Option(False, "--prune", help="Encode nothing; remove entries that this config does not use."),
     dry_run: bool = typer.Option(False, "--dry-run", help="With --prune: only list them."),
     yes: bool = typer.Option(False, "--yes", help="With --prune: do not ask."),
@@ -31,14 +35,23 @@ def cache(
     """Build the cache of encoded clips and captions, and stop."""
     from tuner.cli.report import print_assembly
 
-    _check_flags(verify, prune, dry_run, yes)
-    assembly = options.assembly(context, config, plugins, without, strict)
-    print_assembly(assembly)
+    with processes.joined():
+        with processes.together():
+            _check_flags(verify, prune, dry_run, yes)
+            assembly = options.assembly(context, config, plugins, without, strict)
+            print_assembly(assembly)
+        if prune:
+            _prune(assembly, dry_run, yes)
+        else:
+            from tuner import pipeline
+
+            pipeline.cache(assembly, verify=verify)
+
+
+def _prune(assembly: Assembly, dry_run: bool, yes: bool) -> None:
+    """Say what is not in use, and remove it where that is wanted."""
     from tuner import pipeline
 
-    if not prune:
-        pipeline.cache(assembly, verify=verify)
-        return
     unused = pipeline.unused_entries(assembly)
     _show(unused, listed=None if dry_run else LISTED)
     if unused.files and not dry_run and (yes or typer.confirm("remove them?")):

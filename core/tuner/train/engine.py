@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.errors import ConfigError
-from tuner.processes import launched
+from tuner import processes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,14 +34,10 @@ class Engine:
         """
         from accelerate import Accelerator
 
-        _, count = launched()
-        if count > 1 and not several:
-            raise ConfigError(
-                f"{count} processes were launched, and several devices are not supported yet",
-                remedy="start one process; only `tuner cache` may be spread over several",
-            )
+        if not several:
+            processes.refuse_several()
         # Without being told, Accelerate takes every process on a machine without a GPU for the only one.
-        cpu = count > 1 and not torch.accelerator.is_available()
+        cpu = processes.launched()[1] > 1 and not torch.accelerator.is_available()
         self.accelerator: Accelerator = Accelerator(mixed_precision="no", device_placement=False, cpu=cpu)
         self.device: torch.device = self.accelerator.device
         self.dtype = DTYPES[run.config.mixed_precision]
