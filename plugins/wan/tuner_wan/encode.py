@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 TEXT_VERSION = 1
 """Bumped when the states of a caption change. Guarded by a golden test."""
+IMAGE_VERSION = 1
+"""Bumped when the embeddings of an image change."""
 VIDEO_VERSION = 1
 """Bumped when the latents of a clip change. Guarded by a golden test."""
 

@@ -13,25 +13,21 @@ from torch import Tensor, nn
 
 from tuner.blocks import install
 from tuner.errors import ModelError
-from tuner.model import Component, Network
+from tuner.model import Network
 from tuner.spec import ModelSpec, NetworkSpec
-from tuner_wan import encode, sources
+from tuner_wan import sources
+from tuner_wan.components import broken, components
 from tuner_wan.describe import choose, denoiser_config, describe, locate, sampler_shift
 from tuner_wan.fetch import fetch
-from tuner_wan.flavours import TEXT_TOKENS
+from tuner_wan.fit import check_weights
 from tuner_wan.model import WanModel
 from tuner_wan.names import diffusers_name, is_original
 from tuner_wan.sources import STEMS, Part
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
-
-    from tuner.config.keys import CoreConfig
     from tuner.run import Run
     from tuner_wan import WanConfig
 
-TILE, TILE_STRIDE = 256, 192
-"""Pixels: the sides of a tile of the VAE, and how far apart tiles begin; what overlaps is blended."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -52,7 +48,7 @@ def load(run: Run, own: WanConfig | None = None) -> WanModel:
         for each in spec.networks
     ]
     scheduler = sources.read_config(parts["scheduler"]) or {}
-    return WanModel(spec, networks, _components(parts, run), scheduler, sampler_shift(parts, core, flavour))
+    return WanModel(spec, networks, components(parts, spec, run), scheduler, sampler_shift(parts, core, flavour))
 
 
 def _check_described(before: ModelSpec | None, now: ModelSpec) -> None:
@@ -79,11 +75,13 @@ def build_network(spec: NetworkSpec, config: Mapping[str, Any], part: Part, dtyp
     with init_empty_weights(include_buffers=False):
         module: nn.Module = WanTransformer3DModel.from_config(dict(config))
     stack = WanStack(module)
+    files, ignored = weight_paths(part), tuple(module._keys_to_ignore_on_load_unexpected or ())  # type: ignore[arg-type]
+    check_weights(module, files, ignored=ignored)
     return Network(
         spec=spec,
         module=module,
         stack=stack,
-        weights=partial(read_weights, weight_paths(part), tuple(module._keys_to_ignore_on_load_unexpected or ())),  # type: ignore[arg-type]
+        weights=partial(read_weights, files, ignored),
         dtype_of=partial(parameter_dtype, dtype=dtype, kept=frozenset(module._keep_in_fp32_modules)),  # type: ignore[arg-type]
         trampoline=install(module, stack),
         feed_forwards={f"blocks.{index}.ffn": block.ffn for index, block in enumerate(stack.blocks)},  # type: ignore[misc]
@@ -115,7 +113,7 @@ def read_weights(files: Sequence[Path], ignored: Sequence[str] = ()) -> Iterator
                     if not any(re.search(pattern, name) for pattern in ignored):
                         yield translate(name), file.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise _broken(path.name, error, path) from error
+            raise broken(path.name, error, path) from error
 
 
 def parameter_dtype(name: str, *, dtype: torch.dtype, kept: frozenset[str]) -> torch.dtype:
@@ -125,109 +123,3 @@ def parameter_dtype(name: str, *, dtype: torch.dtype, kept: frozenset[str]) -> t
 
 def _processors(module: nn.Module) -> list[Any]:
     return list(module.attn_processors.values())  # type: ignore[operator, union-attr]
-
-
-def _components(parts: Mapping[str, Part], run: Run) -> dict[str, Component]:
-    text, tokenizer, vae = (_folder(parts[name]) for name in ("text_encoder", "tokenizer", "vae"))
-    text_dtype = text_encoder_dtype(run.device, run.dtype)
-    return {
-        "text_encoder": Component(
-            load=partial(load_text_encoder, text, tokenizer, run.device, text_dtype),
-            files=(*_files(text, "text_encoder"), *sorted(path for path in tokenizer.iterdir() if path.is_file())),
-            settings={"dtype": str(text_dtype), "tokens": str(TEXT_TOKENS)},
-            version=encode.TEXT_VERSION,
-        ),
-        "vae": Component(
-            load=lambda: in_parts(load_vae(vae, run.device), run.config),
-            files=_files(vae, "vae"),
-            settings={"dtype": str(torch.float32)} | tiling_settings(run.config),
-            version=encode.VIDEO_VERSION,
-        ),
-    }
-
-
-def text_encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bfloat16, UMT5's own, on an accelerator in mixed precision (float16 overflows in it); else float32."""
-    return torch.float32 if device.type == "cpu" or dtype == torch.float32 else torch.bfloat16
-
-
-def load_text_encoder(folder: Path, tokenizer: Path, device: torch.device, dtype: torch.dtype) -> encode.TextEncoder:
-    """UMT5 from ``folder`` and its tokenizer, in evaluation mode on ``device``."""
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    try:
-        model, found = UMT5EncoderModel.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:
-        raise _cannot_load("text encoder", error, folder) from error
-    # Some releases of transformers 5 leave the encoder's own embedding untied, that is, random.
-    model.set_input_embeddings(model.get_input_embeddings())
-    _check_found(set(found["missing_keys"]) - {"encoder.embed_tokens.weight"}, folder)
-    return encode.TextEncoder(words, _frozen(model, device), TEXT_TOKENS)
-
-
-def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
-    """The VAE from ``folder`` in float32, in evaluation mode on ``device``."""
-    from diffusers import AutoencoderKLWan
-
-    try:
-        vae, found = AutoencoderKLWan.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:
-        raise _cannot_load("VAE", error, folder) from error
-    _check_found(set(found["missing_keys"]), folder)
-    return _frozen(vae, device)
-
-
-def in_parts(vae: AutoencoderKLWan, core: CoreConfig) -> AutoencoderKLWan:
-    """``vae``, working tile by tile (``vae_enable_tiling``) and clip by clip (``vae_enable_slicing``) where it should.
-
-    Tiles change its output where a side is longer than one tile. Slicing changes nothing: clips are encoded and
-    decoded one at a time in any case.
-    """
-    if core.vae_enable_tiling:
-        vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
-    if core.vae_enable_slicing:
-        vae.enable_slicing()
-    return vae
-
-
-def tiling_settings(core: CoreConfig) -> dict[str, str]:
-    """What tiling adds to the settings that the cache knows the VAE by."""
-    return {"tiles": f"{TILE} every {TILE_STRIDE} pixels"} if core.vae_enable_tiling else {}
-
-
-def _frozen(model: Any, device: torch.device) -> Any:
-    return model.requires_grad_(False).eval().to(device)
-
-
-def _check_found(missing: set[str], folder: Path) -> None:
-    """Refuse weights that lack tensors: the libraries would go on with random ones."""
-    if missing:
-        raise ModelError(
-            f"the weights lack {len(missing)} tensors, such as {min(missing)!r}", where=folder, remedy="fetch it again"
-        )
-
-
-def _folder(part: Part) -> Path:
-    assert part.folder is not None, f"{part.name} was not fetched"
-    return part.folder
-
-
-def _files(folder: Path, name: str) -> tuple[Path, ...]:
-    return (folder / "config.json", *sources.weight_files(folder, STEMS[name]))
-
-
-def _cannot_load(what: str, error: Exception, folder: Path) -> Exception:
-    """The error to raise for a component that does not load; a device that is full stays what it is."""
-    return error if isinstance(error, torch.OutOfMemoryError) else _broken(what, error, folder)
-
-
-def _broken(what: str, error: Exception, where: Path) -> ModelError:
-    reason = str(error).strip().splitlines()
-    return ModelError(
-        f"cannot read the {what}: {reason[0] if reason else type(error).__name__}", where=where, remedy="fetch it again"
-    )

@@ -66,6 +66,42 @@ def diffusers_name(name: str) -> str:
     return name
 
 
+TEXT_MODULES = (
+    ("token_embedding", "shared"),
+    ("norm", "encoder.final_layer_norm"),
+)
+TEXT_BLOCK_MODULES = (
+    ("attn.q", "layer.0.SelfAttention.q"),
+    ("attn.k", "layer.0.SelfAttention.k"),
+    ("attn.v", "layer.0.SelfAttention.v"),
+    ("attn.o", "layer.0.SelfAttention.o"),
+    ("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"),
+    ("norm1", "layer.0.layer_norm"),
+    ("ffn.gate.0", "layer.1.DenseReluDense.wi_0"),
+    ("ffn.fc1", "layer.1.DenseReluDense.wi_1"),
+    ("ffn.fc2", "layer.1.DenseReluDense.wo"),
+    ("norm2", "layer.1.layer_norm"),
+)
+"""(Wan's own code, transformers) names of the text encoder's modules, outside and inside its blocks."""
+
+
+def text_encoder_name(name: str) -> str:
+    """The name that a parameter of Wan's own UMT5, such as ``blocks.0.attn.q.weight``, has in transformers.
+
+    A name that is transformers' already comes back as it is.
+    """
+    module, _, leaf = name.rpartition(".")
+    for theirs, ours in TEXT_MODULES:
+        if module == theirs:
+            return f"{ours}.{leaf}"
+    if module.startswith("blocks."):
+        _, index, inner = module.split(".", 2)
+        for theirs, ours in TEXT_BLOCK_MODULES:
+            if inner == theirs:
+                return f"encoder.block.{index}.{ours}.{leaf}"
+    return name
+
+
 def is_original(name: str) -> bool:
     """Whether a parameter's name can only come from Wan's own code (the block norms' names occur in both)."""
     return ".self_attn." in name or ".cross_attn." in name or "head.modulation" in name
