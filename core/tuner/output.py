@@ -96,13 +96,13 @@ def show_survey(found: Survey) -> None:
     """The data report and the length of the run."""
     config = found.run.config
     show_data(found.prepared.report)
-    per_step = config.train_batch_size * config.gradient_accumulation_steps * found.run.process_count
+    per_step = " to ".join(map(str, sorted({*found.plan.samples_per_step})))
     print(
         f"model: {found.spec.family} {found.spec.flavour} from {found.spec.base}\n"
         f"run: {found.total} steps of {per_step} samples, {found.plan.steps_per_epoch} steps per epoch, "
-        f"{found.total / found.plan.steps_per_epoch:.1f} epochs"
+        f"{found.plan.epochs_in(found.total):.1f} epochs"
     )
-    for note in found.plan.notes:
+    for note in [*found.plan.notes, *found.plan.never_shown(found.total)]:
         print(note)
     if config.lr_warmup_steps and not schedules.warmup_steps(config, found.total):
         print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import optimi
 import pytest
 import torch
@@ -9,9 +11,23 @@ from torch import nn
 from transformers import get_scheduler
 
 from tuner.config.keys import CoreConfig
+from tuner.data.plan import Plan
+from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.errors import ConfigError
 from tuner.model import ParameterGroup
 from tuner.train import optimizers, schedules
+
+
+def plan_of_ten_steps() -> Plan:
+    """Epochs of ten steps each."""
+    bucket = Bucket(1, 64, 64)
+    samples = [
+        Sample(
+            f"{i}", "a", Path(f"{i}"), "0", ("",), 64, 64, 1, 0, bucket, (View(Framing(64, 64, 0, 0)),), Path("cache")
+        )
+        for i in range(10)
+    ]
+    return Plan(samples, seed=0, batch_size=1)
 
 
 def groups(parameter: nn.Parameter, rate_scale: float = 1.0) -> tuple[ParameterGroup, ...]:
@@ -94,9 +110,9 @@ def test_a_warm_up_as_long_as_the_run_is_no_warm_up():
     ],
 )
 def test_length_of_the_run(keys, steps):
-    assert schedules.total_steps(CoreConfig(**keys), steps_per_epoch=10) == steps
+    assert schedules.total_steps(CoreConfig(**keys), plan_of_ten_steps()) == steps
 
 
 def test_a_run_without_length_is_refused():
     with pytest.raises(ConfigError, match="max_train_steps"):
-        schedules.total_steps(CoreConfig(), 10)
+        schedules.total_steps(CoreConfig(), plan_of_ten_steps())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tuner.errors import ConfigError
+
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
+    from tuner.data.plan import Plan
 
 
 def warmup_steps(core: CoreConfig, total: int) -> int:
@@ -33,21 +36,18 @@ def learning_rate(core: CoreConfig, step: int, total: int) -> float:
     return core.learning_rate
 
 
-def total_steps(core: CoreConfig, steps_per_epoch: int) -> int:
+def total_steps(core: CoreConfig, plan: Plan) -> int:
     """Optimizer steps of the whole run, from ``max_train_steps`` and ``num_train_epochs``.
 
-    With both given the shorter ends the run, unless ``ignore_final_epochs``. Raises ConfigError with neither.
+    With both given the shorter ends the run, unless ``ignore_final_epochs``. Raises ConfigError with neither,
+    DataError where no dataset is trained on before the end.
     """
-    by_epochs = core.num_train_epochs * steps_per_epoch
-    if core.max_train_steps and (not by_epochs or core.ignore_final_epochs):
+    if not core.max_train_steps and not core.num_train_epochs:
+        raise ConfigError(
+            "max_train_steps and num_train_epochs are both 0: the run has no length",
+            remedy="set one of them, for example max_train_steps: 2000",
+        )
+    if not core.num_train_epochs or (core.max_train_steps and core.ignore_final_epochs):
+        plan.check_until(core.max_train_steps)
         return core.max_train_steps
-    if core.max_train_steps:
-        return min(core.max_train_steps, by_epochs)
-    if by_epochs:
-        return by_epochs
-    from tuner.errors import ConfigError
-
-    raise ConfigError(
-        "max_train_steps and num_train_epochs are both 0: the run has no length",
-        remedy="set one of them, for example max_train_steps: 2000",
-    )
+    return plan.steps_until(core.num_train_epochs, core.max_train_steps or None)
