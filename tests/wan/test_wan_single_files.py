@@ -161,7 +161,7 @@ def test_a_vae_in_the_original_names_loads(tiny: Path, tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=2, temperal_downsample=[False, True, True]
+        base_dim=4, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
     )
     vae.save_pretrained(tmp_path / "vae")
     tensors = original_vae(vae.state_dict())
