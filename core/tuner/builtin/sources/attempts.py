@@ -61,13 +61,21 @@ def _judged(error: Exception, options: Mapping[str, Any]) -> RemoteError:
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
         # fsspec's HTTP file system says this whatever went wrong, a dead server included.
         return _judged(cause, options)
-    status = getattr(error, "status", None)
+    status = _status(error)
     if isinstance(error, FileNotFoundError) or status in _GONE:
         return Missing(said(error, options))
-    refused = isinstance(status, int) and 400 <= status < 500 and status not in _WORTH_ANOTHER
+    refused = status is not None and 400 <= status < 500 and status not in _WORTH_ANOTHER
     # The last two: options of the file system that only show themselves as wrong when they are used.
     if refused or isinstance(error, PermissionError | TypeError | ValueError):
         return Refused(said(error, options))
     if not isinstance(error, OSError) and type(error).__module__ == "builtins":
         raise error
     return Unreachable(said(error, options))
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status in an error, wherever aiohttp, botocore or requests keep it."""
+    answer: Any = getattr(error, "response", None)
+    inner = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    places = (getattr(error, "status", None), inner, getattr(answer, "status_code", None))
+    return next((status for status in places if isinstance(status, int)), None)

@@ -109,8 +109,8 @@ def _bad_options(address: str, options: Mapping[str, Any], error: Exception) -> 
 def media_in(place: Place, suffixes: Collection[str]) -> list[RemoteFile]:
     """The files below a place with one of ``suffixes``, and the caption files beside them, sorted by name.
 
-    Hidden files are left out; sizes may be unknown yet (:func:`measured`). Raises Missing, Refused or Unreachable; DataError for a name that would lead out
-    of a folder.
+    Hidden files are left out; sizes may be unknown yet (:func:`measured`).
+    Raises Missing, Refused or Unreachable; DataError for a name that would lead out of a folder.
     """
     found = {file.name: file for file in _below(place)}
     media = [name for name in found if PurePosixPath(name).suffix.lower() in suffixes]
