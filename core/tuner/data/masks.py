@@ -102,10 +102,15 @@ def encode_mask(sample: Sample, view: View, spec: ModelSpec) -> Mask:
     """The mask of one view. Raises DataError when it cannot be decoded, or is black everywhere."""
     file = mask_of(sample)
     assert file is not None
-    pixels = decode(replace(sample, path=file.path), view)
+    try:
+        pixels = decode(replace(sample, path=file.path), view)
+    except DataError as error:
+        raise DataError(f"its mask {file.path.name}: {error.what}", where=file.path) from error
     weights = to_latents(brightness(pixels, file.role), spec.latents)
     if not weights.any():
-        raise DataError(f"its mask {file.path} is black everywhere, so nothing of it would be trained")
+        raise DataError(
+            f"its mask {file.path.name} is black everywhere, so nothing of it would be trained", where=file.path
+        )
     return Mask(weights, forced_tokens(weights, spec.networks[0].patch))
 
 
