@@ -99,6 +99,21 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
 def test_no_secret_reaches_a_manifest():
     kept = checkpoint.without_secrets({"hub_token": "hf_x", "WANDB_API_KEY": "y", "my_password": "z", "seed": 1})
     assert kept == {"seed": 1}
+    datasets = [
+        {
+            "id": "d",
+            "aws_access_key_id": "AKIA",
+            "aws_secret_access_key": "s",
+            "storage_options": {"key": "k"},
+            "instance_data_dir": "https://anna:pass@host/clips?signature=x",
+        }
+    ]
+    kept = checkpoint.without_secrets({"data_backend_config": datasets, "batch_tokens": 100, "prompt": "why? a@b"})
+    assert kept == {
+        "data_backend_config": [{"id": "d", "instance_data_dir": "https://host/clips"}],
+        "batch_tokens": 100,
+        "prompt": "why? a@b",
+    }
 
 
 def test_tensors_and_numbers_survive_without_pickle(tmp_path):

@@ -22,7 +22,9 @@ from tuner.files import TEMPORARY, sha256_of, sync_file, sync_folder
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_SECRET = re.compile(r"token|secret|password|api_key|credential", re.IGNORECASE)
+_SECRET = re.compile(r"token(?!s|iz)|secret|password|api_key|access_key|credential|storage_options", re.IGNORECASE)
+_LOGIN = re.compile(r"(\w+://)(?:[^/\s@?]+@)?([^\s?]*)(?:\?\S*)?")
+"""An address: what is before ``@`` is a login, what is after ``?`` may be a signature."""
 
 
 def folder(output_dir: Path, step: int) -> Path:
@@ -172,5 +174,13 @@ def clear_leftovers(output_dir: Path) -> None:
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` without values whose key names a secret."""
-    return {key: value for key, value in config.items() if not _SECRET.search(key)}
+    """``config`` without values whose key names a secret, at any depth, and without logins and queries in addresses."""
+    return {key: _bare(value) for key, value in config.items() if not _SECRET.search(key)}
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    if isinstance(value, list):
+        return [_bare(each) for each in value]
+    return _LOGIN.sub(r"\1\2", value) if isinstance(value, str) else value
