@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = folder / "datasets" / "disney-black-and-white"
     clips.mkdir(parents=True)
     caption = render_clip(clips / "steamboat.mp4", width=832, height=480, frames=80, fps=16, seed=0)
-    (clips / "steamboat.txt").write_text(caption, encoding="utf-8")
+    shutil.copy(clips / "steamboat.mp4", clips / "willie.mp4")  # a step takes two
+    for name in ("steamboat", "willie"):
+        (clips / f"{name}.txt").write_text(caption, encoding="utf-8")
     (folder / "config" / "wan").mkdir(parents=True)
     text = (SEED / "config.json").read_text(encoding="utf-8").replace(BASE, str(folder / "model"))
     (folder / "config" / "config.json").write_text(text, encoding="utf-8")
@@ -43,7 +46,7 @@ def test_the_users_config_passes_check_as_it_is(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     check()
     out = capsys.readouterr().out
-    assert "1 kept" in out
+    assert "2 kept" in out
     assert "624x368, 73 frames" in out
     assert "num_frames 75 becomes 73" in out
     assert "400000 steps of 2 samples" in out

@@ -102,9 +102,10 @@ class Plan:
         """What is not quite as asked for, so that batches and steps are full, and when datasets join or leave."""
         notes = [*self._size_notes(), *self._share_notes()]
         for span in self._timeline.spans:
-            since = f"from step {span.step} on (epoch {span.epoch + 1}): " if span.step else ""
+            since = f"from epoch {span.epoch + 1} (step {span.step}) on: " if span.step else ""
             if len(self._timeline.spans) > 1:
-                notes.append(f"{since}{', '.join(span.dataset_ids)}; {span.start(1)} steps per epoch")
+                names = ", ".join(span.dataset_ids)
+                notes.append(f"{since or 'at first: '}{names}; {span.start(1)} steps per epoch")
             notes += [since + note for note in self._span_notes(span)]
         return notes
 
