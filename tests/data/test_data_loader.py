@@ -92,6 +92,32 @@ def test_captions_are_dropped_by_step_and_position(cached: CachedData) -> None:
     assert all(without == with_ for without, with_ in kept), "a caption that stays is the plan's"
 
 
+def test_a_datasets_own_dropout_stands_above_the_runs(
+    cached: CachedData, clips: Path, make_core: Callable[..., CoreConfig], spec: ModelSpec, model: Any, hooks: Any
+) -> None:
+    plan = Plan(cached.samples, seed=1, batch_size=2)
+
+    def captions(own: float | None, run: float) -> set[str]:
+        core = make_core(clips, caption_dropout_probability=own)
+        with_own = build_cache(Run(core, {}), model, hooks, prepare(core, spec), show_progress=False)
+        loader = Loader(with_own, plan, seed=7, caption_dropout=run)
+        found = {caption for step in range(20) for caption in loader.load(step, 0).captions}
+        loader.close()
+        return found
+
+    assert captions(1.0, 0.0) == {""}
+    assert "" not in captions(0.0, 1.0)
+    assert captions(None, 1.0) == {""}
+
+
+def test_without_masks_a_batch_has_none(cached: CachedData) -> None:
+    loader = Loader(cached, Plan(cached.samples, seed=1, batch_size=2), seed=1)
+    loaded = loader.load(0, 0)
+    loader.close()
+    assert (loaded.mask, loaded.forced, loaded.keep_at_least) == (None, None, 0)
+    assert loaded.regularisation == (False, False)
+
+
 def test_a_dropped_caption_is_the_encoding_of_the_empty_one(cached: CachedData) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=1)
     loader = Loader(cached, plan, seed=1, caption_dropout=1.0)

@@ -14,6 +14,7 @@ import torch
 
 from tuner.assembly import assemble
 from tuner.blocks import RouteRequest, StepContext, TokenRoute
+from tuner.data.loader import LoadedBatch
 from tuner.pipeline import survey
 from tuner.testing.opened import opened
 from tuner.train.session import Session
@@ -21,6 +22,7 @@ from tuner.train.step import _loss, make_batch
 from tuner_wan.tiny import build_tiny_t2v
 
 TOKENS = 3 * 4 * 6  # latent frames, then 64 and 96 pixels in patches of 16
+FORCED = {"clips/clip 0.mp4": TOKENS // 3, "clips/clip 1.mp4": TOKENS // 2}
 NINE_TENTHS = {
     "routes": [
         {"selection_ratio": 0.9, "start_layer_idx": 1, "end_layer_idx": 1},
@@ -50,10 +52,16 @@ def wan_settings(
         "resolution": 64,
         "resolution_type": "pixel",
         "video": {"num_frames": 9},
+        "repeats": 1,  # each dataset by itself must fill a batch
     }
 
     def make(**keys: Any) -> dict[str, Any]:
-        values = {"more": [plain], "model_family": "wan", "pretrained_model_name_or_path": str(tiny_wan)}
+        values = {
+            "more": [plain],
+            "entry": {"repeats": 1},
+            "model_family": "wan",
+            "pretrained_model_name_or_path": str(tiny_wan),
+        }
         return make_settings(**(values | {"tread_config": NINE_TENTHS, "train_batch_size": 4} | keys))
 
     return make
@@ -63,6 +71,15 @@ def wan_settings(
 def session(wan_settings: Callable[..., dict[str, Any]]) -> Iterator[Session]:
     with opened(wan_settings()) as session:
         yield session
+
+
+def mixed(session: Session) -> LoadedBatch:
+    """The first batch that holds both masked clips and one without; the run then stands at its step."""
+    for session.run.step in range(20):
+        loaded = session.loader.load(session.run.step, 0)
+        if {*FORCED} < {*loaded.sample_ids}:
+            return loaded
+    raise AssertionError("no batch mixes them")
 
 
 def routed(session: Session, context: StepContext, batch: Any) -> tuple[RouteRequest, Sequence[TokenRoute]]:
@@ -81,16 +98,11 @@ def routed(session: Session, context: StepContext, batch: Any) -> tuple[RouteReq
 
 
 def test_every_route_keeps_every_token_under_a_mask(session: Session) -> None:
-    loaded = session.loader.load(0, 0)
+    loaded = mixed(session)
     batch = make_batch(session, loaded)
     request, routes = routed(session, session.context(batch), batch)
-    counts = {name: int(forced.sum()) for name, forced in zip(loaded.sample_ids, request.forced, strict=True)}
-    assert counts == {
-        "clips/clip 0.mp4": TOKENS // 3,
-        "clips/clip 1.mp4": TOKENS // 2,
-        "plain/clip 0.mp4": 0,
-        "plain/clip 1.mp4": 0,
-    }
+    expected = [FORCED.get(name, 0) for name in loaded.sample_ids]
+    assert request.forced.sum(1).tolist() == expected
     assert loaded.keep_at_least == TOKENS // 2
     assert [tuple(route.keep.shape) for route in routes] == [(4, TOKENS // 2)] * 2, "K is raised to the largest count"
     for route in routes:
@@ -100,7 +112,7 @@ def test_every_route_keeps_every_token_under_a_mask(session: Session) -> None:
 
 def test_families_forced_tokens_stay_forced(session: Session) -> None:
     """What the network itself forces (a given first frame, say) and what a mask forces are both kept."""
-    batch = make_batch(session, session.loader.load(0, 0))
+    batch = make_batch(session, mixed(session))
     own = torch.zeros(4, TOKENS, dtype=torch.bool)
     own[:, -1] = True
     stack = session.model.network.stack
@@ -116,7 +128,7 @@ def test_a_white_mask_leaves_nothing_to_route(wan_settings: Callable[..., dict[s
     losses = []
     for keys in ({}, {"tread_config": None}):
         with opened(wan_settings(**keys)) as session:
-            batch = make_batch(session, session.loader.load(0, 0))
+            batch = make_batch(session, mixed(session))
             assert batch.keep_at_least == TOKENS
             losses.append(_loss(session, batch, 0).per_sample)
     assert torch.equal(*losses)
@@ -129,7 +141,7 @@ def test_the_number_of_processes_changes_nothing(wan_settings: Callable[..., dic
     def steps(rank: int, world: int, accumulation: int) -> dict[tuple[int, int], tuple[int, float]]:
         found = {}
         with opened(wan_settings(**one, gradient_accumulation_steps=accumulation), rank=rank, world=world) as session:
-            for session.run.step in range(2):
+            for session.run.step in range(4):
                 for slot in range(rank, 2, world):
                     batch = make_batch(session, session.loader.load(session.run.step, slot))
                     loss = _loss(session, batch, slot)
@@ -149,5 +161,5 @@ def test_wan_warns_of_masked_loss_once(
         (warning,) = [record for record in caplog.records if "harmful" in record.getMessage()]
         assert "2 of 4 samples have a mask" in warning.getMessage()
         caplog.clear()
-        survey(assemble(wan_settings(entry={"conditioning_data": None})))
+        survey(assemble(wan_settings(entry={"conditioning_data": None, "repeats": 1})))
     assert "harmful" not in caplog.text

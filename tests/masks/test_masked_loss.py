@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,37 @@ def test_a_step_trains_with_the_masks_of_its_clips(
             prediction = session.model.predict(batch)
         expected = flow.loss(session.run.config, prediction, batch).per_sample.mean()
         unmasked = flow.loss(session.run.config, prediction, replace(batch, mask=None)).per_sample.mean()
-        result = train_step(session, first=False)
+        result = train_step(session)
     assert result.loss == pytest.approx(float(expected), rel=1e-6)
     assert result.loss != pytest.approx(float(unmasked), rel=1e-3)
+
+
+def test_samples_without_a_mask_count_everywhere(
+    masks: Any, make_settings: Callable[..., dict[str, Any]], bright_half: Callable[..., np.ndarray], toy_folder: Path
+) -> None:
+    """In a batch that mixes both; and their loss is bit for bit the one of a batch without masks."""
+    for index in range(2):
+        masks.picture(f"clip {index}.png", bright_half())
+    plain = {
+        "id": "plain",
+        "dataset_type": "video",
+        "instance_data_dir": str(toy_folder / "clips"),
+        "resolution": 64,
+        "resolution_type": "pixel",
+        "video": {"num_frames": 9},
+    }
+    with opened(make_settings(more=[plain])) as session:
+        batches = (session.loader.load(step, 0) for step in range(20))
+        loaded = next(each for each in batches if len({name.partition("/")[0] for name in each.sample_ids}) == 2)
+        batch = make_batch(session, loaded)
+        with torch.no_grad():
+            prediction = session.model.predict(batch)
+    masked = torch.tensor([name.startswith("clips") for name in loaded.sample_ids])
+    assert loaded.mask is not None
+    assert loaded.forced is not None
+    assert loaded.mask[~masked].eq(1).all()
+    assert not loaded.forced[~masked].any()
+    assert loaded.forced[masked].any(1).all()
+    losses = [flow.loss(CoreConfig(), prediction, each).per_sample for each in (batch, replace(batch, mask=None))]
+    assert torch.equal(losses[0][~masked], losses[1][~masked])
+    assert not torch.equal(losses[0][masked], losses[1][masked])
