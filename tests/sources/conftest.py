@@ -58,7 +58,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
                 del served.failures[number]
                 self.send_error(status)
                 return None
-        if any(part in self.path for part in served.broken):
+        if self.command == "GET" and any(part in self.path for part in served.broken):
             self.send_error(503)
             return None
         return super().send_head()
@@ -76,7 +76,7 @@ class Served:
         self.failures: list[tuple[str, int]] = []
         """parts of paths that fail once with a status"""
         self.broken: set[str] = set()
-        """parts of paths that always fail"""
+        """parts of paths whose content always fails"""
         handler = functools.partial(Handler, directory=str(folder))
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.served = self  # type: ignore[attr-defined]

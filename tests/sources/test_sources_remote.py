@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,21 @@ def test_a_file_that_keeps_failing_is_named_and_the_rest_is_kept(served: Any, li
     with pytest.raises(DataError, match=r"bad\.mp4.*503"):
         listed("fsspec", folder=served.address)
     served.broken.clear()
+    served.asked.clear()
     listing = listed("fsspec", folder=served.address)
+    assert served.fetched == ["/bad.mp4"]
     assert [found.size for found in listing.files] == [2 * len(clip)] * 2
     leftovers = [path for path in listing.root.rglob("*") if path.name.startswith(".")]
     assert not leftovers, "nothing half fetched stays"
+
+
+def test_processes_that_start_together_fetch_once(served: Any, listed: Listed, clip: bytes) -> None:
+    for number in range(6):
+        (served.folder / f"{number}.mp4").write_bytes(clip)
+    with ThreadPoolExecutor(3) as pool:
+        listings = list(pool.map(lambda _: listed("fsspec", folder=served.address), range(3)))
+    assert listings[0] == listings[1] == listings[2]
+    assert served.fetched == [f"/{number}.mp4" for number in range(6)]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_not_a_smaller_dataset(

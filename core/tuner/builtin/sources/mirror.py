@@ -22,8 +22,9 @@ from tuner.data.source import Found, Listing, Request
 from tuner.errors import DataError
 from tuner.files import atomic_path
 
-WRITE_EVERY = 32
-"""Copies that a killed process may have to fetch again."""
+WRITE_FILES = 32
+WRITE_BYTES = 2**26
+"""What a killed process may have to fetch again, whichever is reached first."""
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS copies (name TEXT PRIMARY KEY, identity TEXT, size INTEGER)",
     "CREATE TABLE IF NOT EXISTS listed (kind TEXT, name TEXT)",
@@ -50,7 +51,7 @@ class Copies:
         size = (self.root / file.name).stat().st_size
         self._known[file.name] = (file.identity, size)
         self._unwritten.append((file.name, file.identity, size))
-        if len(self._unwritten) >= WRITE_EVERY:
+        if len(self._unwritten) >= WRITE_FILES or sum(size for *_, size in self._unwritten) >= WRITE_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -136,8 +137,8 @@ def fetch(files: Sequence[RemoteFile], copies: Copies, *, show_progress: bool = 
     ):
         pending: dict[Future[None], RemoteFile] = {pool.submit(_fetch_one, file, copies): file for file in new}
         try:
-            for done in as_completed(pending):
-                file = pending[done]
+            for done in as_completed(list(pending)):
+                file = pending.pop(done)
                 try:
                     done.result()
                     copies.record(file)
@@ -146,9 +147,12 @@ def fetch(files: Sequence[RemoteFile], copies: Copies, *, show_progress: bool = 
                 except RemoteError as error:
                     raise _cannot_fetch(file, error) from error
                 advance(1)
-        except BaseException:
+        finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            # What was under way when another one failed is here all the same.
+            for done, file in pending.items():
+                if not done.cancelled() and done.exception() is None:
+                    copies.record(file)
     return missing
 
 
