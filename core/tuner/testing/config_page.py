@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tuner.builtin.datasets.entries import KINDS
+from tuner.builtin.sources.registry import SOURCES
 from tuner.config.data_keys import DataKeys
 from tuner.config.describe import allowed, facts, model_in, shown_default
 from tuner.config.keys import CoreConfig
@@ -61,6 +62,10 @@ def _lines() -> Iterator[str]:
     yield "\n## Dataset keys\n\nWhat one entry of `data_backend_config` may say, by its `dataset_type`."
     for kind, model in KINDS.items():
         yield from _section(f"`{kind}`", kind, model, _summary(model), plugins)
+    yield "\n## Source keys\n\nWhat a dataset may say beside these, by its `type`: see `docs/sources.md`."
+    for kind, source in SOURCES.items():
+        if source.keys.model_fields:
+            yield from _section(f"`{kind}`", f"type {kind}", source.keys, _summary(source.keys), plugins)
 
 
 def _plugins() -> dict[str, type[AnyPlugin]]:
