@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tuner.config.keys import CoreConfig
+    from tuner.spec import NetworkSpec
 
 AUTO_SHIFT_TOKENS = (256, 4096)
 AUTO_SHIFT_MU = (0.5, 1.15)
 
 
-def check(core: CoreConfig) -> None:
-    """Refuse flow keys that contradict one another. Raises ConfigError."""
+def check(core: CoreConfig, networks: Sequence[NetworkSpec] = ()) -> None:
+    """Refuse flow keys that contradict one another, or the noise levels of ``networks``. Raises ConfigError."""
     if core.flow_schedule_auto_shift and core.flow_schedule_shift is not None:
         raise ConfigError(
             f"flow_schedule_auto_shift is on and flow_schedule_shift is {core.flow_schedule_shift:g}: choose one",
@@ -41,6 +42,27 @@ def check(core: CoreConfig) -> None:
                 f"flow_custom_timesteps holds {bad[0] if bad else 'nothing'}",
                 allowed="one or more numbers from 0 to 1000",
             )
+        for network in networks:
+            _check_custom(core.flow_custom_timesteps, network, len(networks))
+
+
+def _check_custom(times: Sequence[float], network: NetworkSpec, networks: int) -> None:
+    """Every custom timestep must belong to the network that is trained, or each of several must have some."""
+    inside = [time for time in times if _holds(network.sigma_range, time / 1000)]
+    if not inside or (networks == 1 and len(inside) < len(times)):
+        outside = next((time for time in times if time not in inside), times[0])
+        low, high = network.sigma_range
+        raise ConfigError(
+            f"flow_custom_timesteps holds {outside:g}, and {network.label or network.name} is trained on "
+            f"{1000 * low:g} to {1000 * high:g}",
+            remedy="leave out the timesteps of the other expert",
+        )
+
+
+def _holds(sigma_range: tuple[float, float], sigma: float) -> bool:
+    """Whether a range of noise levels, half open below 1, holds ``sigma``."""
+    low, high = sigma_range
+    return low <= sigma < high or sigma == high == 1.0
 
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
@@ -72,7 +94,7 @@ def draw_sigma(
     distribution through its inverse: no sample is rejected or clipped.
     """
     if core.flow_custom_timesteps:
-        times = core.flow_custom_timesteps
+        times = [time for time in core.flow_custom_timesteps if _holds(sigma_range, time / 1000)]
         return times[int(torch.randint(len(times), (), generator=generator))] / 1000
     shift = auto_shift(tokens) if core.flow_schedule_auto_shift else core.flow_schedule_shift or 1.0
     low, high = (unshift_sigma(bound, shift) for bound in sigma_range)
@@ -118,9 +140,20 @@ def draw(
         for at in positions
     ]
     return (
-        torch.tensor(sigmas, dtype=torch.float32).to(latents.device),
+        _inside(torch.tensor(sigmas, dtype=torch.float32), sigma_range).to(latents.device),
         torch.stack(noise).to(latents.device, latents.dtype),
     )
+
+
+def _inside(sigmas: Tensor, sigma_range: tuple[float, float]) -> Tensor:
+    """Float32 ``sigmas``, where rounding took one over a boundary put back to the nearest number inside it."""
+    low, high = sigma_range
+    floor, ceiling = (torch.tensor(bound, dtype=torch.float32) for bound in sigma_range)
+    if float(floor) < low:
+        floor = torch.nextafter(floor, torch.tensor(1.0))
+    if high < 1.0 and float(ceiling) >= high:
+        ceiling = torch.nextafter(ceiling, torch.tensor(0.0))
+    return sigmas.clamp(floor, ceiling)
 
 
 def mix(latents: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def survey(assembly: Assembly) -> Survey:
     if run.config.compress_disk_cache:
         compression.zstandard()
     spec = describe(run, assembly.manager)
-    flow.check(run.config)
+    flow.check(run.config, spec.networks)
     check_keys(run.config)
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
@@ -154,6 +154,7 @@ def unused_entries(assembly: Assembly) -> Unused:
 def run(assembly: Assembly) -> None:
     """The whole job. Raises TunerError for whatever a user can mend."""
     from tuner import transforms
+    from tuner.train import turns
     from tuner.train.engine import Engine
 
     with processes.joined(), processes.together():
@@ -171,6 +172,8 @@ def run(assembly: Assembly) -> None:
         cached = _encode(assembly, found, model)
         for network in model.networks.values():
             transforms.prepare(found.run, network, edits)
+            if len(model.networks) > 1:
+                turns.leave(network)  # to the host, until its turn comes
         saved = _train(assembly, found, engine, model, cached, resume)
     output.show_result(found, saved)
 

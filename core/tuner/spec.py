@@ -48,6 +48,8 @@ class NetworkSpec:
     text_tokens: int
     in_channels: int
     patch: tuple[int, int, int] = (1, 2, 2)
+    label: str = ""
+    """What people call it beside others of its model, such as ``high_noise``; empty where it is alone."""
     sigma_range: tuple[float, float] = (0.0, 1.0)
     """The noise levels this network is trained on (half open at the low end's upper bound)."""
 

@@ -139,9 +139,13 @@ def test_the_same_training_gives_the_same_bytes(trained, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_second_network_gets_a_name_of_its_own():
-    assert lora_files.file_name("transformer", first=True) == FILE
-    assert lora_files.file_name("transformer_2", first=False) == "pytorch_lora_weights.transformer_2.safetensors"
+def test_a_pair_of_networks_gets_names_of_its_own(trained):
+    _, _, model = trained()
+    low = replace(model.network.spec, name="transformer_2", label="low_noise")
+    assert lora_files.file_name(low, alone=True) == FILE
+    assert lora_files.file_name(low, alone=False) == "pytorch_lora_weights.low_noise.safetensors"
+    unnamed = replace(low, label="")
+    assert lora_files.file_name(unnamed, alone=False) == "pytorch_lora_weights.transformer_2.safetensors"
 
 
 def exported(trained):

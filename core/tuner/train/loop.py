@@ -28,12 +28,10 @@ def train(session: Session) -> Path:
     log = StepLog(run.output_dir, resumed_at=run.step)
     session.manager.hook.on_train_start(run=run, model=session.model)
     saved: Path | None = None
-    first = True
     with watch() as interrupt, showing(run.step, session.total) as progress:
         while run.step < session.total and interrupt.requested is None:
             began = time.perf_counter()
-            result = train_step(session, first=first)
-            first = first and result.skipped
+            result = train_step(session)
             run.step += 1
             seconds = time.perf_counter() - began
             last = run.step == session.total
@@ -87,6 +85,7 @@ def _line(session: Session, result: StepResult) -> dict[str, Any]:
         "grad_norm": result.grad_norm,
         "learning_rate": result.learning_rate,
         "samples": result.samples,
+        **({"network": session.model.active} if len(session.turns.networks) > 1 else {}),
         **({"skipped": True} if result.skipped else {}),
         **{name: float(value) for name, value in result.metrics.items()},
     }

@@ -11,8 +11,9 @@ from tuner.attention import AttentionBackend
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
 from tuner.model import Batch, Model, Network
-from tuner.train import optimizers, state
+from tuner.train import optimizers, schedules, state
 from tuner.train.engine import Engine
+from tuner.train.turns import Turns, hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,8 +42,14 @@ class Session:
     attention: AttentionBackend | None = None
     """The kernel that ``attention_mechanism`` chose, where it is not the core's own."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    unchecked: set[str] = field(default_factory=set)
+    """Networks whose gradients were not looked at yet."""
+    _resident: str | None = None
 
     def __post_init__(self) -> None:
+        names = tuple(network.name for network in self.trained)
+        self.turns = Turns(names, self.model.spec.switch_steps or max(1, self.total))
+        self.unchecked.update(names)
         for name, network in self.model.networks.items():
             if network.adapter is not None:
                 self.optimizers[name] = optimizers.make(self.run.config, network.adapter.groups, self.engine.device)
@@ -53,6 +60,20 @@ class Session:
     def trained(self) -> list[Network]:
         """The networks that have something to train."""
         return [network for network in self.model.networks.values() if network.adapter is not None]
+
+    def take_turn(self) -> Network:
+        """Make the network that this step trains the model's active and resident one."""
+        name = self.turns.at(self.run.step)
+        network = self.model.networks[name]
+        if len(self.model.networks) > 1 and self._resident != name:
+            hand_over(self.model.networks.get(self._resident or ""), network, self.engine.device)
+        self.model.active = self._resident = name
+        return network
+
+    def learning_rate(self, network: str) -> float:
+        """The base learning rate of this step, by the network's own count of steps."""
+        done, total = (self.turns.steps_of(network, step) for step in (self.run.step, self.total))
+        return schedules.learning_rate(self.run.config, done, total)
 
     def context(self, batch: Batch) -> StepContext:
         """What a training forward of ``batch`` is run with."""

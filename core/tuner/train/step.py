@@ -13,7 +13,7 @@ from tuner import flow, rng
 from tuner.data.loader import LoadedBatch
 from tuner.errors import TrainingError
 from tuner.model import Batch, Loss
-from tuner.train import guards, schedules
+from tuner.train import guards
 from tuner.train.session import Session
 
 
@@ -30,15 +30,15 @@ class StepResult:
     """what ``compute_loss`` measured, still on the device"""
 
 
-def train_step(session: Session, *, first: bool) -> StepResult:
-    """Forward, backward, clip, step. ``first`` checks that every trained tensor gets a gradient.
+def train_step(session: Session) -> StepResult:
+    """Forward, backward, clip, step. In a network's first step every trained tensor must get a gradient.
 
     There is one host read, after all backwards are queued: the loss and the gradient norm together. A
     non-finite value never reaches the optimizer. Raises TrainingError for it unless ``nonfinite`` is ``skip``.
     """
-    run, network = session.run, session.model.network
+    run, network = session.run, session.take_turn()
     optimizer = session.optimizers[network.name]
-    rate = schedules.learning_rate(run.config, run.step, session.total)
+    rate = session.learning_rate(network.name)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
 
@@ -57,13 +57,14 @@ def train_step(session: Session, *, first: bool) -> StepResult:
         scaled.backward()  # type: ignore[no-untyped-call]
         total += scaled.detach()
         seen += batch.sample_ids
-    if first:
+    if network.name in session.unchecked:
         guards.check_gradient_coverage(network)
 
     norm = clip_gradients(session)
     value, norm_value = torch.stack([total, norm.to(total)]).tolist()
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
+        session.unchecked.discard(network.name)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not finite:

@@ -23,6 +23,8 @@ TEXT_DIM = 4096
 PATCH = (1, 2, 2)
 ENCODERS: dict[str, tuple[str, ...]] = {"text": ("text_encoder",), "video": ("vae",)}
 IMAGE_ENCODERS: dict[str, tuple[str, ...]] = {"conditioning": ("image_encoder",)}
+LABELS = {"transformer": "high_noise", "transformer_2": "low_noise"}
+"""What people call the two experts."""
 CONDITIONING_FRAMES = {"first_frame": ("first_frame",), "first_and_last_frame": ("first_frame", "last_frame")}
 
 
@@ -140,6 +142,7 @@ def _network(name: str, config: Mapping[str, Any], flavour: Flavour, sigma_range
         text_tokens=TEXT_TOKENS,
         in_channels=config.get("in_channels", flavour.in_channels),
         patch=tuple(config.get("patch_size", PATCH)),  # type: ignore[arg-type]
+        label=LABELS.get(name, "") if flavour.expert else "",
         sigma_range=sigma_range,
     )
 

@@ -108,14 +108,14 @@ class LoraPlugin(Plugin[LoraConfig]):
         from tuner.builtin.lora import files as lora_files
 
         written = []
-        for index, network in enumerate(model.networks.values()):
+        for network in model.networks.values():
             if network.adapter is None:
                 continue
             facts = self._facts(run) | lora_files.model_facts(model.spec, network.spec)
             file = lora_files.export(network.adapter, model.spec, self.config.lora_format, facts)
             lora_files.verify(file.tensors, self._shapes[network.name], model.spec, self.config.lora_format)
             if run.is_main:
-                path = directory / lora_files.file_name(network.name, first=index == 0)
+                path = directory / lora_files.file_name(network.spec, alone=len(model.networks) == 1)
                 lora_files.write(file, path)
                 written.append(path)
         return written

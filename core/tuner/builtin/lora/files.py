@@ -57,9 +57,9 @@ class LoraFile:
     metadata: Mapping[str, str]
 
 
-def file_name(network: str, *, first: bool) -> str:
-    """Name of the file of ``network``; the model's first network has the plain one."""
-    return f"{STEM}.safetensors" if first else f"{STEM}.{network}.safetensors"
+def file_name(network: NetworkSpec, *, alone: bool) -> str:
+    """Name of the file of ``network``: the plain one where it is alone, else one that says which it is of the pair."""
+    return f"{STEM}.safetensors" if alone else f"{STEM}.{network.label or network.name}.safetensors"
 
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -155,6 +155,8 @@ def model_facts(spec: ModelSpec, network: NetworkSpec) -> dict[str, Any]:
         "family": spec.family,
         "flavour": spec.flavour,
         "network": network.name,
+        "expert": network.label or None,
+        "boundary": spec.boundary,
         "sigma_range": f"{low}-{high}",
     }
 
