@@ -133,7 +133,7 @@ class Plan:
     @property
     def samples_per_step(self) -> tuple[int, int]:
         """The fewest and the most samples that a step may take."""
-        sizes = self._batching.sizes.values()
+        sizes = {self._batching.sizes[bucket] for span in self._timeline.spans for bucket in span.buckets}
         return self.per_step * min(sizes), self.per_step * max(sizes)
 
     def check_until(self, total: int) -> None:
