@@ -56,6 +56,10 @@ class TestOffload(PluginContract):
     )
 
 
+class TestPriorPreservation(PluginContract):
+    plugin = "prior_preservation"
+
+
 class TestQuanto(PluginContract):
     plugin = "quanto"
 
