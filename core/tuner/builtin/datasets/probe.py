@@ -114,7 +114,7 @@ def probe(listing: Listing, index: Path, *, processes: int = 0, show_progress: b
             where=index / INDEX_NAME,
             remedy="free the disk or choose another cache_dir_vae",
         ) from error
-    start = len(str(listing.root)) + 1
+    start = len(str(listing.root).rstrip(os.sep)) + 1  # the root of the disk ends in the separator
     results = ((each.path[start:], known[each]) for each in found)
     return [Probed(name, None, result) if isinstance(result, str) else Probed(name, result) for name, result in results]
 
