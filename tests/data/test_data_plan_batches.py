@@ -191,7 +191,7 @@ def test_all_datasets_too_small_for_a_step_are_one_error_with_the_repeats_that_d
     assert "'repeated': 2 x 3 = 6" in text
     assert "set repeats: 5 in dataset 'repeated'" in text
     assert "held" not in text, "what is never trained on fills no step"
-    datasets = data.datasets | {
+    datasets = dict(data.datasets) | {
         name: Dataset(name, Schedule(repeats=repeats))
         for name, repeats in {"tiny": 11, "small": 2, "enough": 1, "repeated": 5}.items()
     }

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuner.config.keys import CoreConfig
+from tuner.data.epochs import Span
 from tuner.data.plan import Plan
 from tuner.data.samples import Bucket, Dataset, Framing, Sample, Schedule, View
 from tuner.errors import DataError
@@ -262,11 +263,14 @@ def test_what_joins_after_the_end_is_said() -> None:
 
 def test_no_walk_through_millions_of_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step far away is found by arithmetic: the turns of few epochs are counted, those of two are listed."""
-    from tuner.data.epochs import Span
-
     counted: list[int] = []
     count = Span.counts
-    monkeypatch.setattr(Span, "counts", lambda self, index: counted.append(index) or count(self, index))
+
+    def counting(span: Span, index: int) -> dict[Bucket, int]:
+        counted.append(index)
+        return count(span, index)
+
+    monkeypatch.setattr(Span, "counts", counting)
     schedule = datasets(a=Schedule(probability=0.3), b=Schedule(start_step=1_000_000_000))
     plan = Plan(folder("a", 7, 2) + folder("b", 5), schedule, seed=0, batch_size=1)
     assert plan.steps_until(10**8) == 2 * 10**8
