@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +99,29 @@ def test_a_file_that_keeps_failing_is_named_and_the_rest_is_kept(served: Any, li
     assert [found.size for found in listing.files] == [2 * len(clip)] * 2
     leftovers = [path for path in listing.root.rglob("*") if path.name.startswith(".")]
     assert not leftovers, "nothing half fetched stays"
+
+
+def test_a_killed_process_leaves_nothing_that_is_taken_for_whole(served: Any, listed: Listed, clip: bytes) -> None:
+    for name in ("one.mp4", "two.mp4"):
+        (served.folder / name).write_bytes(clip)
+    driver = (
+        "import sys; from pathlib import Path; from tuner.builtin.sources import mirror\n"
+        "from tuner.builtin.sources.keys import AddressKeys; from tuner.data.source import Request\n"
+        "def killed(file, target):\n"
+        "    target.write_bytes(b'half')\n"
+        "    import os; os.kill(os.getpid(), 9)\n"
+        "mirror.download = killed\n"
+        "address, folder = sys.argv[1:]\n"
+        "mirror.mirrored(address, {}, Request('d', {}, AddressKeys(), {'.mp4'}, Path(folder)))\n"
+    )
+    folder = served.folder.parent / "copies"
+    done = subprocess.run([sys.executable, "-c", driver, served.address, str(folder)], check=False)
+    assert done.returncode == -9
+    assert list(folder.rglob(".tuner-partial-*")), "it was killed half way"
+    listing = listed("fsspec", folder=served.address)
+    assert [Path(found.path).read_bytes() for found in listing.files] == [clip, clip]
+    assert listing.root.is_relative_to(folder)
+    assert not list(folder.rglob(".tuner-partial-*"))
 
 
 def test_processes_that_start_together_fetch_once(served: Any, listed: Listed, clip: bytes) -> None:

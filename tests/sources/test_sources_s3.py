@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,15 @@ def test_half_a_login_is_refused(login: dict[str, Any], listed: Listed) -> None:
 
 def test_without_a_login_the_machines_own_is_used() -> None:
     assert bucket_options(BucketKeys(aws_bucket_name="clips")) == {}
+
+
+def test_without_s3fs_the_extra_is_named(
+    login: dict[str, Any], listed: Listed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
+    with pytest.raises(ConfigError, match=r"s3:// addresses cannot be read(.|\n)*difftuner\[remote\]"):
+        listed("aws", **login)
 
 
 def test_a_login_is_never_shown() -> None:

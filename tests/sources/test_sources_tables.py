@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tuner.builtin.datasets.probe import probe
+from tuner.builtin.sources.mirror import found_at
 from tuner.builtin.sources.tables import captions
 from tuner.data.source import Listing
 from tuner.errors import ConfigError, DataError
@@ -207,16 +210,29 @@ def test_addresses_are_fetched_once_and_dead_ones_named(
 
 def test_a_table_and_its_files_at_an_address(served: Any, listed: Listed, clip: bytes) -> None:
     (served.folder / "clips").mkdir()
-    (served.folder / "clips" / "a.mp4").write_bytes(clip)
-    write(served.folder / "clips" / "t.jsonl", [{"file_name": "a.mp4", "caption": "old"}])
+    (served.folder / "clips" / "a #1.mp4").write_bytes(clip)
+    write(served.folder / "clips" / "t.jsonl", [{"file_name": "a #1.mp4", "caption": "old"}])
     assert list(listed("jsonl", manifest=f"{served.address}/clips/t.jsonl").captions.values()) == [("old",)]
-    write(served.folder / "clips" / "t.jsonl", [{"file_name": "a.mp4", "caption": "a new one"}])
+    write(served.folder / "clips" / "t.jsonl", [{"file_name": "a #1.mp4", "caption": "a new one"}])
     listing = listed("jsonl", manifest=f"{served.address}/clips/t.jsonl")
     assert list(listing.captions.values()) == [("a new one",)], "the table is asked for again"
     served.stop()
     offline = listed("jsonl", manifest=f"{served.address}/clips/t.jsonl")
     assert offline.captions == listing.captions
     assert any("copy from before" in note for note in offline.notes)
+
+
+def test_without_pyarrow_the_extra_is_named(folder: Path, listed: Listed, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write(folder / "t.parquet", [{"path": "one.mp4"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pyarrow is not installed(.|\n)*difftuner\[parquet\]"):
+        listed("parquet", manifest=str(table))
+
+
+def test_files_that_share_no_folder_have_the_root_of_the_disk(folder: Path, tmp_path: Path) -> None:
+    path = str(folder / "one.mp4")
+    (probed,) = probe(Listing(Path("/"), [found_at(path)]), tmp_path / "index", show_progress=False)
+    assert Path("/") / probed.name == Path(path)
 
 
 @given(st.lists(st.text(max_size=20), max_size=5))

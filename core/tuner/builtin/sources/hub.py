@@ -38,7 +38,7 @@ class HubSource:
         names = in_split(everything, keys)
         tables = [name for name in names if PurePosixPath(name).suffix.lower() in TABLES]
         media = [name for name in names if PurePosixPath(name).suffix.lower() in request.suffixes]
-        gathered, said = gather_tables(folder, tables, everything, set(names), request)
+        gathered, said = gather_tables(folder, tables, set(everything), set(names), request)
         if gathered.found:
             left = len({str(folder / name) for name in media} - set(gathered.found))
             said += [f"files that no table names, left out: {left}"] if left else []

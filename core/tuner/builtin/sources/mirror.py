@@ -16,11 +16,12 @@ from typing import Any
 from filelock import FileLock
 
 from tuner.builtin.sources.attempts import Missing, RemoteError, Unreachable
+from tuner.builtin.sources.credentials import shown
 from tuner.builtin.sources.places import AT_ONCE, RemoteFile, connect, download, measured, media_in
-from tuner.data.progress import progress
+from tuner.data.progress import log, progress
 from tuner.data.source import Found, Listing, Request
 from tuner.errors import DataError
-from tuner.files import atomic_path
+from tuner.files import TEMPORARY, atomic_path
 
 WRITE_FILES = 32
 WRITE_BYTES = 2**26
@@ -77,7 +78,11 @@ class Copies:
         recorded = self._known.get(name)
         if recorded and (size := self._size(name)) is not None and size != recorded[1]:
             path = self.root / name
-            path.rename(path.with_name(f"{path.name}.changed-{int(time.time())}"))
+            aside = path.with_name(f"{path.name}.changed-{int(time.time())}")
+            path.rename(aside)
+            log.warning(
+                "%s was changed here since it was fetched: it is now %s, and is fetched again", path, aside.name
+            )
 
     def _size(self, name: str) -> int | None:
         try:
@@ -119,8 +124,9 @@ def copies_in(root: Path) -> Iterator[Copies]:
 
 def folder_for(address: str) -> str:
     """A folder name for the copies of an address: another address, another folder."""
-    stem = re.sub(r"\W+", "-", address.partition("?")[0].rstrip("/").rpartition("/")[2]).strip("-")
-    return f"{stem[:40] or 'files'}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+    plain = shown(address).rstrip("/")  # another signature or password is no other place
+    stem = re.sub(r"\W+", "-", plain.rpartition("/")[2]).strip("-")
+    return f"{stem[:40] or 'files'}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
 def fetch(files: Sequence[RemoteFile], copies: Copies, *, show_progress: bool = True) -> dict[str, str]:
@@ -131,6 +137,8 @@ def fetch(files: Sequence[RemoteFile], copies: Copies, *, show_progress: bool = 
     """
     new = [file for file in files if not copies.holds(file)]
     missing: dict[str, str] = {}
+    if new:
+        _clear_leftovers(copies.root)
     with (
         progress("fetching files", len(new), show=show_progress) as advance,
         ThreadPoolExecutor(AT_ONCE) as pool,
@@ -154,6 +162,12 @@ def fetch(files: Sequence[RemoteFile], copies: Copies, *, show_progress: bool = 
                 if not done.cancelled() and done.exception() is None:
                     copies.record(file)
     return missing
+
+
+def _clear_leftovers(root: Path) -> None:
+    """Remove the half files of a killed process; whoever holds the lock knows that no other is at work."""
+    for path in list(root.rglob(f"{TEMPORARY}*")):
+        path.unlink(missing_ok=True)
 
 
 def _fetch_one(file: RemoteFile, copies: Copies) -> None:

@@ -17,6 +17,8 @@ from tuner.errors import ConfigError, DataError, nearest
 
 AT_ONCE = 8
 """Requests under way at a time."""
+SILENCE_SECONDS = 60.0
+"""A server over HTTP that says nothing for so long is asked again."""
 CAPTIONS = ".txt"
 _EXTRA = ("aiohttp", "s3fs")
 """Packages of the extra ``remote``."""
@@ -72,7 +74,7 @@ def connect(address: str, options: Mapping[str, Any]) -> Place:
     protocol = address.partition("://")[0].partition("::")[0]
     try:
         # A listing kept from before would hide what has changed.
-        file_system, path = fsspec.url_to_fs(address, **{"skip_instance_cache": True, **options})
+        file_system, path = fsspec.url_to_fs(address, skip_instance_cache=True, **_with_patience(protocol, options))
     except ImportError as error:
         raise _not_installed(protocol, error) from error
     except ValueError as error:
@@ -88,6 +90,17 @@ def connect(address: str, options: Mapping[str, Any]) -> Place:
     except TypeError as error:
         raise _bad_options(address, options, error) from error
     return Place(shown(address), file_system, str(path), options)
+
+
+def _with_patience(protocol: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` without HTTP's five minutes for a whole file, and with the environment's proxies."""
+    if protocol not in ("http", "https"):
+        return dict(options)
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+    client = {"timeout": timeout, "trust_env": True, **options.get("client_kwargs", {})}
+    return {**options, "client_kwargs": client}
 
 
 def _not_installed(protocol: str, error: ImportError) -> ConfigError:

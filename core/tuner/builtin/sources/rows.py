@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tuner.builtin.sources.credentials import shown
 from tuner.builtin.sources.mirror import copies_in, fetch, found_at
@@ -84,7 +84,8 @@ def gather(rows: Iterable[Row], root: str, request: Request, options: Options, *
 
 def _joined(root: str, file: str) -> str:
     if "://" in root:
-        return f"{root.rstrip('/')}/{file.lstrip('/')}"
+        plain = file.lstrip("/")
+        return f"{root.rstrip('/')}/{quote(plain, safe='/%') if root.startswith('http') else plain}"
     return os.path.normpath(os.path.join(root, file))  # noqa: PTH118
 
 

@@ -60,6 +60,10 @@ def open_table(path: Path, kind: str) -> Table:
     """
     if not path.is_file():
         raise DataError("the table does not exist", where=path, remedy="correct `manifest`")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise DataError(f"the table cannot be read: {error.strerror}", where=path) from error
     return {"csv": _csv, "jsonl": _jsonl, "json": _json, "parquet": _parquet}[kind](path)
 
 
@@ -235,9 +239,14 @@ def _parquet(path: Path) -> Table:
 
 def parquet_records(path: Path, columns: Iterable[str], *, at_once: int = 1024) -> Iterator[Record]:
     """Each row of a Parquet file, from 1, with the given columns; ``at_once`` rows are in memory at a time."""
+    import pyarrow
+
+    number = 0
     with parquet_file(path) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=at_once, columns=list(columns)):
-            for cells in batch.to_pylist():
-                number += 1
-                yield number, cells
+        try:
+            for batch in file.iter_batches(batch_size=at_once, columns=list(columns)):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield number, cells
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"the Parquet file cannot be read: {error}", where=f"{path}, row {number + 1}") from error
