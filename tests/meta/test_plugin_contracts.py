@@ -68,6 +68,10 @@ class TestSampling(PluginContract):
     plugin = "sampling"
 
 
+class TestSources(PluginContract):
+    plugin = "sources"
+
+
 class TestTread(PluginContract):
     plugin = "tread"
 
