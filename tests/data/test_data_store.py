@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from tuner.data.store import Store, make_key
-from tuner.errors import DataError
+from tuner.errors import ConfigError, DataError
 
 KEY = make_key("a", 1)
 
@@ -87,3 +88,59 @@ def test_a_full_disk_is_one_error_and_leaves_nothing_behind(store: Store) -> Non
     assert not [path for path in store.root.rglob("*") if path.is_file()]
     store.write(KEY, entry(), {})
     assert store.is_whole(KEY)
+
+
+def test_a_packed_entry_is_read_by_any_store_and_a_switch_keeps_what_is_there(store: Store) -> None:
+    packing, written = Store(store.root, compress=True), entry()
+    packing.write(KEY, written, {})
+    assert packing.path(KEY).name == store.path(KEY).name == f"{KEY}.safetensors.zst"
+    for each in (store, packing):
+        read = each.read(KEY)
+        assert all(torch.equal(read[name], written[name]) for name in written)
+        assert each.is_whole(KEY)
+    assert not any(map(len, store.lacking([KEY]))), "the key being off is no reason to encode again"
+    other = make_key("b")
+    store.write(other, written, {})
+    assert packing.read(other).keys() == written.keys()
+    assert not any(map(len, packing.lacking([other])))
+
+
+def test_an_entry_has_one_form(store: Store) -> None:
+    packing = Store(store.root, compress=True)
+    for each, suffix in ((packing, ".zst"), (store, ".safetensors"), (packing, ".zst")):
+        each.write(KEY, entry(), {})
+        (only,) = (path for path in store.root.rglob(f"{KEY}*"))
+        assert only.suffix == suffix
+
+
+@pytest.mark.parametrize("cut", [0, 3, 12, -1], ids=["empty", "in the magic", "in the block", "last byte"])
+def test_a_cut_packed_entry_is_not_whole(store: Store, cut: int) -> None:
+    packing = Store(store.root, compress=True)
+    packing.write(KEY, entry(), {})
+    path = packing.path(KEY)
+    path.write_bytes(path.read_bytes()[:cut])
+    assert not store.is_whole(KEY)
+    with pytest.raises(DataError, match="damaged"):
+        store.read(KEY)
+
+
+def test_no_flipped_byte_of_a_packed_entry_goes_unnoticed(store: Store) -> None:
+    packing = Store(store.root, compress=True)
+    packing.write(KEY, {"a": torch.arange(6.0)}, {})
+    whole = packing.path(KEY).read_bytes()
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1
+        packing.path(KEY).write_bytes(bytes(flipped))
+        if store.is_whole(KEY):
+            assert torch.equal(store.read(KEY)["a"], torch.arange(6.0))
+
+
+def test_without_zstandard_a_packed_entry_is_one_error_that_names_the_extra(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store(store.root, compress=True).write(KEY, entry(), {})
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for work in (lambda: store.read(KEY), lambda: store.is_whole(KEY), lambda: store.lacking([KEY])):
+        with pytest.raises(ConfigError, match=r"zstandard(.|\n)*difftuner\[zstd\]"):
+            work()

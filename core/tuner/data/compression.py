@@ -9,8 +9,8 @@ from tuner.errors import ConfigError
 if TYPE_CHECKING:
     from types import ModuleType
 
-LEVEL = 3
-"""zstd's own default: higher levels cost much time and save nothing more on latents (see docs/cache.md)."""
+LEVEL = 1
+"""Higher levels take several times as long and save next to nothing more on latents: see docs/cache.md."""
 
 
 def zstandard() -> ModuleType:
