@@ -34,24 +34,16 @@ def scale_to(width: int, height: int, target: float, unit: ResolutionType) -> fl
 
 
 def bucket_size(
-    width: int,
-    height: int,
-    *,
-    resolution: float,
-    unit: ResolutionType,
-    multiple: int,
-    rounding: int,
-    square: bool = False,
+    width: float, height: float, *, resolution: float, unit: ResolutionType, multiple: int, rounding: int
 ) -> tuple[int, int]:
-    """Width and height in pixels of the bucket for a source of ``width`` x ``height``.
+    """Width and height in pixels of the bucket for a source of ``width`` x ``height``; only its aspect counts.
 
     Arguments
         resolution: target size in ``unit``; the area is kept exactly before rounding to the multiple.
         multiple: both sides are multiples of it, and at least one.
         rounding: decimals of the aspect.
-        square: crop to a square instead of keeping the aspect.
     """
-    aspect = 1.0 if square else round(max(width, height) / min(width, height), rounding)
+    aspect = round(max(width, height) / min(width, height), rounding)
     if unit == "pixel":
         longer, shorter = resolution * aspect, resolution
     else:
@@ -59,6 +51,29 @@ def bucket_size(
         longer, shorter = edge * math.sqrt(aspect), edge / math.sqrt(aspect)
     sides = [max(multiple, round(side / multiple) * multiple) for side in (longer, shorter)]
     return (sides[0], sides[1]) if width >= height else (sides[1], sides[0])
+
+
+def resolution_for(width: int, height: int, *, unit: ResolutionType, multiple: int, rounding: int) -> float | None:
+    """The ``resolution`` in ``unit`` that gives a source of this aspect the bucket ``width`` x ``height`` (pixels).
+
+    Of those that do, one with few decimals, near the size itself: 632 for 832x480 under ``pixel_area``. None when
+    there is none: a side is no multiple of ``multiple``, or the rounded aspect gives other sizes only.
+    """
+    aspect = round(max(width, height) / min(width, height), rounding)
+    stretch = aspect if unit == "pixel" else math.sqrt(aspect)
+    shrink = 1.0 if unit == "pixel" else stretch
+    longer, shorter, half = max(width, height), min(width, height), multiple / 2
+    low = max((longer - half) / stretch, (shorter - half) * shrink)
+    high = min((longer + half) / stretch, (shorter + half) * shrink)
+    middle = (low + high) / 2
+    ideals = (measure(width, height, unit), middle**2 / 1e6 if unit == "area" else middle)
+    for decimals in range(7):
+        for ideal in ideals:
+            resolution = round(ideal, decimals)
+            found = bucket_size(width, height, resolution=resolution, unit=unit, multiple=multiple, rounding=rounding)
+            if resolution > 0 and found == (width, height):
+                return float(resolution)
+    return None
 
 
 def bucket_frames(frames: int, wanted: int, latents: LatentGeometry) -> int:

@@ -30,14 +30,14 @@ def windows(dataset: Trained, name: str, facts: VideoFacts, spec: ModelSpec, see
 
 
 def _bucket(dataset: Trained, facts: VideoFacts, spec: ModelSpec) -> Bucket:
+    square = dataset.crop and dataset.crop_aspect == "square"
     width, height = buckets.bucket_size(
-        facts.width,
-        facts.height,
+        1 if square else facts.width,
+        1 if square else facts.height,
         resolution=dataset.resolution,
         unit=dataset.resolution_type,
         multiple=dataset.aspect_bucket_alignment or spec.size_multiple,
         rounding=dataset.aspect_bucket_rounding,
-        square=dataset.crop and dataset.crop_aspect == "square",
     )
     frames = (
         buckets.bucket_frames(facts.frames, dataset.video.num_frames, spec.latents) if isinstance(dataset, Clips) else 1
