@@ -231,6 +231,8 @@ class SampleRequest:
     seed: int
     scheduler: str
     flow_shift: float | None
+    guidance_2: float | None = None
+    """Guidance of the expert of low noise, where there are two; None is the same."""
     on_step: Callable[[int], None] | None = None
     """Called with the number of steps done, for the progress bar."""
 

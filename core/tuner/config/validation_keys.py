@@ -26,6 +26,12 @@ class ValidationKeys(PluginConfig):
     )
     validation_num_inference_steps: int = key(30, "Sampling steps.", ge=1)
     validation_guidance: float = key(5.0, "Guidance scale; 1 renders without the negative prompt.", ge=0)
+    validation_guidance_2: float | None = key(
+        None,
+        "Guidance scale below the boundary, where the low-noise expert of a two-expert model renders; the same, or the "
+        "flavour's own, when absent.",
+        ge=0,
+    )
     validation_noise_scheduler: Literal["unipc", "euler", "euler-beta"] = key(
         "unipc", "Sampler of the validation clips."
     )

@@ -38,15 +38,16 @@ def hand_over(leaving: Network | None, entering: Network, device: torch.device) 
     """
     if leaving is not None and leaving is not entering:
         leave(leaving)
-    _move(entering, device)
+    move(entering, device)
 
 
 def leave(network: Network) -> None:
     """Move the frozen weights of ``network`` to the host."""
-    _move(network, torch.device("cpu"))
+    move(network, torch.device("cpu"))
 
 
-def _move(network: Network, device: torch.device) -> None:
+def move(network: Network, device: torch.device) -> None:
+    """Move the frozen weights and buffers of ``network`` to ``device``."""
     if network.residency is not None:
         return
     groups = network.adapter.groups if network.adapter is not None else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError
@@ -71,7 +72,9 @@ def describe(core: CoreConfig, own: WanConfig | None = None) -> ModelSpec:
 
 
 def locate(core: CoreConfig, own: WanConfig | None, flavour: Flavour) -> dict[str, Part]:
-    """Every part of the configured model by name."""
+    """Every part of the configured model by name, the expert that is only validated with among them."""
+    if own is not None and own.wan_validation_load_other_stage and flavour.expert is not None:
+        flavour = replace(flavour, expert="both")
     return sources.locate_parts(core, flavour, own.pretrained_transformer_2_model_name_or_path if own else None)
 
 

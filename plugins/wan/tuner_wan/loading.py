@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 
 from tuner.blocks import install
 from tuner.errors import ModelError
-from tuner.model import Network
+from tuner.materialise import materialise
+from tuner.model import Component, Network
 from tuner.spec import ModelSpec, NetworkSpec
 from tuner_wan import sources
 from tuner_wan.components import broken, components
 from tuner_wan.describe import choose, denoiser_config, describe, locate, sampler_shift
 from tuner_wan.fetch import fetch
 from tuner_wan.fit import check_weights
-from tuner_wan.model import WanModel
+from tuner_wan.model import OTHER_EXPERT, WanModel
 from tuner_wan.names import diffusers_name, is_original
 from tuner_wan.sources import STEMS, Part
 
@@ -48,7 +50,22 @@ def load(run: Run, own: WanConfig | None = None) -> WanModel:
         for each in spec.networks
     ]
     scheduler = sources.read_config(parts["scheduler"]) or {}
-    return WanModel(spec, networks, components(parts, spec, run), scheduler, sampler_shift(parts, core, flavour))
+    encoders = components(parts, spec, run)
+    for name in {"transformer", "transformer_2"}.intersection(parts).difference(each.name for each in spec.networks):
+        other = replace(spec.networks[0], name=name)
+        encoders[OTHER_EXPERT] = _other_expert(other, denoiser_config(parts[name], flavour), parts[name], dtype)
+    return WanModel(spec, networks, encoders, scheduler, sampler_shift(parts, core, flavour))
+
+
+def _other_expert(spec: NetworkSpec, config: Mapping[str, Any], part: Part, dtype: torch.dtype) -> Component:
+    """The expert that is not trained, as it comes, on the host: for validation only."""
+
+    def load() -> nn.Module:
+        network = build_network(spec, config, part, dtype)
+        materialise(network, device=torch.device("cpu"))
+        return network.module.eval()
+
+    return Component(load, tuple(weight_paths(part)))
 
 
 def _check_described(before: ModelSpec | None, now: ModelSpec) -> None:

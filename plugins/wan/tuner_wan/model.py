@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tuner.model import Batch, Component, Model, Network, SampleRequest
@@ -11,10 +12,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tuner.spec import ModelSpec
+    from tuner_wan.experts import Pair
+
+OTHER_EXPERT = "other_expert"
+"""The component that is the expert which is not trained, for validation."""
 
 
 class WanModel(Model):
-    """A Wan text-to-video model with one denoiser."""
+    """A Wan model with one denoiser to train, or the two experts of Wan 2.2."""
 
     def __init__(
         self,
@@ -40,7 +45,25 @@ class WanModel(Model):
         from tuner_wan.sampling import sample
 
         shift = request.flow_shift or self.flow_shift
-        return sample(self.network, self.spec.latents, self.scheduler_config, request, flow_shift=shift)
+        with self._pair() as pair:
+            return sample(self.network, self.spec.latents, self.scheduler_config, request, flow_shift=shift, pair=pair)
+
+    @contextmanager
+    def _pair(self) -> Iterator[Pair | None]:
+        """Both experts, where both are trained or the other one is wanted for validation; else None."""
+        from tuner_wan.experts import Expert, Pair
+
+        boundary = self.spec.boundary
+        if boundary is None or (len(self.networks) == 1 and OTHER_EXPERT not in self.components):
+            yield None
+        elif len(self.networks) > 1:
+            high, low = (Expert.of(network) for network in self.networks.values())
+            yield Pair(high, low, boundary)
+        else:
+            with self.use(OTHER_EXPERT) as (module,):
+                ours, other = Expert.of(self.network), Expert(module, module.to)
+                trains_high = self.network.spec.sigma_range[1] == 1.0
+                yield Pair(ours, other, boundary) if trains_high else Pair(other, ours, boundary)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames (F, H, W, 3) uint8, on the CPU, of normalised latents (1, C, F', h, w)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tuner.errors import ConfigError, nearest
 from tuner_wan.encode import pad_states
+from tuner_wan.experts import Pair, one_resident
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -28,11 +29,13 @@ def sample(
     request: SampleRequest,
     *,
     flow_shift: float,
+    pair: Pair | None = None,
 ) -> Tensor:
     """Normalised latents (1, C, F', h, w), float32, of the clip that ``request`` describes.
 
-    Exactly what a plain ``WanPipeline`` makes of the same weights, embeddings, scheduler and seed; the
-    noise is drawn on the CPU, so that it does not depend on the device.
+    With a ``pair`` of experts both render, each on its side of the boundary; else ``network`` alone. Exactly what
+    a plain ``WanPipeline`` makes of the same weights, embeddings, scheduler and seed; the noise is drawn on the
+    CPU, so that it does not depend on the device.
     """
     from diffusers import WanPipeline
 
@@ -41,13 +44,13 @@ def sample(
         text_encoder=None,
         vae=None,
         scheduler=make_scheduler(request.scheduler, scheduler_config, flow_shift),
-        transformer=network.module,
+        **_denoisers(network, pair),
     )
     # Without a VAE the pipeline would assume Wan 2.1's strides.
     pipeline.vae_scale_factor_temporal = geometry.stride_time
     pipeline.vae_scale_factor_spatial = geometry.stride_space
     pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad(), _no_registry_left(network.module):
+    with torch.no_grad(), _resident(network, pair):
         latents: Tensor = pipeline(
             prompt_embeds=_states(request.prompt, network),
             negative_prompt_embeds=_states(request.negative, network) if request.guidance > 1 else None,
@@ -56,6 +59,7 @@ def sample(
             num_frames=request.frames,
             num_inference_steps=request.steps,
             guidance_scale=request.guidance,
+            guidance_scale_2=request.guidance_2 if pair is not None else None,
             generator=torch.Generator().manual_seed(request.seed),
             max_sequence_length=network.spec.text_tokens,
             output_type="latent",
@@ -63,6 +67,31 @@ def sample(
             callback_on_step_end=_report(request.on_step),
         )[0]
     return latents
+
+
+def _denoisers(network: Network, pair: Pair | None) -> dict[str, Any]:
+    if pair is None:
+        return {"transformer": network.module}
+    return {
+        "transformer": pair.high.module,
+        "transformer_2": pair.low.module,
+        "boundary_ratio": pair.boundary,
+    }
+
+
+@contextmanager
+def _resident(network: Network, pair: Pair | None) -> Iterator[None]:
+    """With a pair: one of them on the device at a time, and the network in training back there afterwards."""
+    with ExitStack() as stack:
+        if pair is None:
+            stack.enter_context(_no_registry_left(network.module))
+        else:
+            for expert in (pair.high, pair.low):
+                stack.enter_context(_no_registry_left(expert.module))
+            then = next(each for each in (pair.high, pair.low) if each.module is network.module)
+            device = network.module.get_parameter("patch_embedding.weight").device
+            stack.enter_context(one_resident(pair, device, then=then))
+        yield
 
 
 def make_scheduler(name: str, config: Mapping[str, Any], shift: float) -> SchedulerMixin:

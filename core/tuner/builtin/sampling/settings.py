@@ -38,6 +38,7 @@ class Settings:
     fps: float
     steps: int
     guidance: float
+    guidance_2: float | None
     seed: int
     scheduler: str
     flow_shift: float | None
@@ -57,6 +58,7 @@ class Settings:
             frames=self.frames,
             steps=self.steps,
             guidance=self.guidance,
+            guidance_2=self.guidance_2,
             seed=self.seed,
             scheduler=self.scheduler,
             flow_shift=self.flow_shift,
@@ -94,6 +96,7 @@ def settings_for(run: Run, spec: ModelSpec) -> tuple[Settings, list[str]]:
         fps=spec.fps,
         steps=chosen(run, spec, "validation_num_inference_steps"),
         guidance=chosen(run, spec, "validation_guidance"),
+        guidance_2=_second_guidance(run, spec),
         seed=seed,
         scheduler=chosen(run, spec, "validation_noise_scheduler"),
         flow_shift=chosen(run, spec, "validation_flow_shift"),
@@ -106,6 +109,13 @@ def chosen(run: Run, spec: ModelSpec | None, key: str) -> Any:
     """The value of a core key: the user's, else the model's own default, else the core's."""
     value = getattr(run.config, key)
     return value if spec is None or key in run.explicit else spec.defaults.get(key, value)
+
+
+def _second_guidance(run: Run, spec: ModelSpec) -> float | None:
+    """The user's, else the model's own unless the user set the first one: that is then for both."""
+    value: float | None = chosen(run, spec, "validation_guidance_2")
+    only_first = "validation_guidance" in run.explicit and "validation_guidance_2" not in run.explicit
+    return None if only_first else value
 
 
 def _size(run: Run, spec: ModelSpec) -> tuple[tuple[int, int], list[str]]:
