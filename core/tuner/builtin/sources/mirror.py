@@ -237,7 +237,8 @@ def _measure(file: RemoteFile) -> RemoteFile:
 def listed(root: Path, names: Iterable[str], suffixes: Collection[str]) -> list[Found]:
     """The files with one of ``suffixes`` among ``names`` below ``root``, as a listing has them."""
     base = os.path.abspath(root)  # noqa: PTH100
-    paths = (os.path.join(base, *name.split("/")) for name in names if Path(name).suffix.lower() in suffixes)  # noqa: PTH118
+    wanted = tuple(suffixes)
+    paths = (os.path.join(base, *name.split("/")) for name in names if name.lower().endswith(wanted))  # noqa: PTH118
     return sorted(found_at(path) for path in paths)
 
 
