@@ -13,7 +13,7 @@ from tuner import rng
 from tuner.builtin.datasets.captions import captions_of
 from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
 from tuner.builtin.datasets.idle import idle_keys
-from tuner.builtin.datasets.judge import REMEDIES, Kept, judge
+from tuner.builtin.datasets.judge import REMEDIES, Kept, check_dataset, judge
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions, conditioning_of
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
@@ -59,6 +59,8 @@ def prepare(
     held_out: list[Sample] = []
     reports: list[DatasetReport] = []
     for dataset in datasets.trained:
+        check_dataset(dataset, spec)
+    for dataset in datasets.trained:
         samples, report = _prepared(dataset, inputs)
         (held_out if isinstance(dataset, EvalDataset) else trained).extend(samples)
         reports.append(report)
@@ -86,7 +88,7 @@ def _prepared(dataset: AnyTrained, inputs: _Inputs) -> tuple[list[Sample], Datas
         dataset, listing, [each.path for each in kept], seed=core.seed, table=_table(dataset, inputs.datasets)
     )
     samples = _samples(dataset, inputs, kept, captions.by_clip)
-    notes = [*listing.notes, *idle_keys(dataset), *captions.notes, *dataset_notes(dataset, samples, spec)]
+    notes = [*listing.notes, *idle_keys(dataset), *captions.notes, *dataset_notes(dataset, kept, samples, spec)]
     if len(kept) < len(usable):
         notes.append(f"{len(kept)} of {len(usable)} files are used (max_num_samples), chosen by the seed")
     return samples, _report(dataset, listing, samples, dropped, notes)
