@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -117,17 +118,16 @@ def test_a_later_window_needs_a_longer_mask(masks: Any, make_settings: Settings,
 
 
 def test_masks_are_not_opened_again_while_they_are_unchanged(
-    masks: Any, make_settings: Settings, bright_half: Half, monkeypatch: pytest.MonkeyPatch
+    masks: Any, make_settings: Settings, bright_half: Half
 ) -> None:
-    from tuner.builtin.datasets import probe
-
-    for index in range(2):
-        masks.picture(f"clip {index}.png", bright_half())
-    prepared(make_settings())
-    opened: list[Path] = []
-    monkeypatch.setattr(probe, "probe_file", lambda path, *_: opened.append(path))
-    prepared(make_settings())
-    assert not opened
+    """Whoever opened a file that only looks unchanged would find it spoilt."""
+    files = [masks.picture(f"clip {index}.png", bright_half(200 + index)) for index in range(2)]
+    before = [sample.companions for sample in prepared(make_settings()).samples]
+    for file in files:
+        status = file.stat()
+        file.write_bytes(bytes(status.st_size))
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert [sample.companions for sample in prepared(make_settings()).samples] == before
 
 
 def test_first_frames_are_not_asked_for_where_the_model_takes_none(masks: Any, make_settings: Settings) -> None:

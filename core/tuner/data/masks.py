@@ -8,14 +8,14 @@ frame k * ``stride_time``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tuner import processes
-from tuner.data.decode import decode
+from tuner.data.decode import decode_file
 from tuner.data.encoder import Encoder
 from tuner.data.progress import progress
 from tuner.data.samples import Companion, Sample, View
@@ -103,7 +103,7 @@ def encode_mask(sample: Sample, view: View, spec: ModelSpec) -> Mask:
     file = mask_of(sample)
     assert file is not None
     try:
-        pixels = decode(replace(sample, path=file.path), view)
+        pixels = decode_file(file.path, view, sample.bucket)
     except DataError as error:
         raise DataError(f"its mask {file.path.name}: {error.what}", where=file.path) from error
     weights = to_latents(brightness(pixels, file.role), spec.latents)
