@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 from pathlib import Path
@@ -144,3 +145,15 @@ def test_without_zstandard_a_packed_entry_is_one_error_that_names_the_extra(
     for work in (lambda: store.read(KEY), lambda: store.is_whole(KEY), lambda: store.lacking([KEY])):
         with pytest.raises(ConfigError, match=r"zstandard(.|\n)*difftuner\[zstd\]"):
             work()
+
+
+def test_the_benchmark_of_the_cache_still_runs(tmp_path: Path) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "data_cache.py"
+    spec = importlib.util.spec_from_file_location("data_cache_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark  # dataclasses look their module up
+    spec.loader.exec_module(benchmark)
+    assert benchmark.starts(tmp_path, entries=3, numbers=10).row_count == 3
+    assert 0 < benchmark.measure(b"the same again " * 1000, level=1).ratio < 0.1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -54,11 +55,12 @@ class Store:
 
     def __init__(self, root: Path, *, compress: bool = False) -> None:
         self.root, self.compress = root, compress
+        self._folder = os.fspath(root)
         self.stamps = Stamps(root)
 
     def path(self, key: str) -> Path:
         """Where the entry is, or would be written. ValueError for what is no key."""
-        wanted, other = self._forms(key)
+        wanted, other = map(Path, self._forms(key))
         return other if not wanted.exists() and other.exists() else wanted
 
     def has(self, key: str) -> bool:
@@ -142,7 +144,7 @@ class Store:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         checksum = _checksum(safetensors.torch.save(plain))
         data = safetensors.torch.save(plain, {**metadata, CHECKSUM: checksum})
-        path, other = self._forms(key)
+        path, other = map(Path, self._forms(key))
         try:
             atomic_write_bytes(path, compression.compress(data) if self.compress else data)
             other.unlink(missing_ok=True)
@@ -158,12 +160,12 @@ class Store:
                 else "make the folder writable or choose another cache folder",
             ) from error
 
-    def _forms(self, key: str) -> tuple[Path, Path]:
-        """Where the entry lies in the form that is written, and in the other one."""
+    def _forms(self, key: str) -> tuple[str, str]:
+        """Where the entry lies in the form that is written, and in the other one: text, for there are many of them."""
         if not _KEY.fullmatch(key):
             raise ValueError(f"not a key: {key!r}")
-        folder = self.root / key[:2]
-        plain, packed = folder / (key + SUFFIX), folder / (key + PACKED_SUFFIX)
+        stem = f"{self._folder}{os.sep}{key[:2]}{os.sep}{key}"
+        plain, packed = stem + SUFFIX, stem + PACKED_SUFFIX
         return (packed, plain) if self.compress else (plain, packed)
 
 
