@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -10,26 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tuner.testing.hub import Hub
+
 HERE = Path(__file__).parent
 Ask = Callable[..., list[dict[str, Any]]]
-
-
-def load(name: str) -> ModuleType:
-    """A module beside this one: test folders are no packages."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -80,7 +69,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from tuner.testing.clips import render_clip
 
     render_clip(render, width=32, height=32, frames=5, fps=8, seed=1)
-    server = load("hub_server").Hub(repositories(render.read_bytes()), gated=("anna/gated",))
+    server = Hub(repositories(render.read_bytes()), gated=("anna/gated",))
     yield server
     server.stop()
 

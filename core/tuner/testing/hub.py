@@ -1,4 +1,4 @@
-"""A server on this machine that speaks as much of the hub's API as downloading a dataset needs."""
+"""A server on this machine that speaks as much of the hub's API as downloading models and datasets needs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Dataset repositories by name: their files by path, and what is refused."""
+    """Repositories by name: their files by path, and what is refused."""
 
-    def __init__(self, repositories: Mapping[str, Mapping[str, bytes]], gated: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        repositories: Mapping[str, Mapping[str, bytes]],
+        gated: tuple[str, ...] = (),
+        breaks: Mapping[str, int] | None = None,
+    ) -> None:
+        """Serve ``repositories``. ``breaks``: the connection breaks once after so many bytes of a file."""
         self.repositories = {name: dict(files) for name, files in repositories.items()}
         self.gated = gated
         self.sent: list[str] = []
         """files whose content was sent"""
+        self.ranges: list[tuple[str, int]] = []
+        """files that were asked for from some byte on"""
+        self.breaks = dict(breaks or {})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.server.hub = self  # type: ignore[attr-defined]
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -39,9 +48,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        """Answer with the content."""
         self._answer(send=True)
 
     def do_HEAD(self) -> None:
+        """Answer with the facts alone."""
         self._answer(send=False)
 
     def _answer(self, *, send: bool) -> None:
@@ -50,7 +61,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if parts[0] == "api":
             self._api(hub, "/".join(parts[2:4]), parts[4:])
         else:
-            self._file(hub, "/".join(parts[1:3]), "/".join(parts[5:]), send=send)
+            parts = parts[1:] if parts[0] == "datasets" else parts
+            self._file(hub, "/".join(parts[:2]), "/".join(parts[4:]), send=send)
 
     def _api(self, hub: Hub, name: str, rest: list[str]) -> None:
         if name not in hub.repositories:
@@ -75,22 +87,30 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if content is None:
             self._reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return
+        headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": hub.commit(name), "Accept-Ranges": "bytes"}
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0] or 0)
+        if start:
+            hub.ranges.append((path, start))
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if send:
             hub.sent.append(path)
-        headers = {"ETag": f'"{_digest(content)}"', "X-Repo-Commit": hub.commit(name)}
-        self._reply(200, content, headers, send=send)
+        most = hub.breaks.pop(path, None) if send else None
+        self._reply(206 if start else 200, content[start:], headers, send=send, most=most)
 
     def _json(self, value: Any) -> None:
         self._reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def _reply(self, status: int, body: bytes, headers: Mapping[str, str], *, send: bool = True) -> None:
+    def _reply(
+        self, status: int, body: bytes, headers: Mapping[str, str], *, send: bool = True, most: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if send and self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[:most])
+            self.close_connection = most is not None
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
