@@ -8,11 +8,13 @@ what is drawn. The same seed gives the same clip.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner.files import atomic_path, atomic_write_text
+from tuner.files import atomic_path, atomic_write_bytes, atomic_write_text
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -48,6 +50,24 @@ FOLDER_CLIPS = (
 )
 """What :func:`render_folder` renders, in turn."""
 SUPERSAMPLING = 3
+MILLISECOND = Fraction(1, 1000)
+QUARTER_RIGHT = b"".join(
+    value.to_bytes(4, "big", signed=True) for value in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+)
+"""The display matrix of a track that is to be turned clockwise by 90 degrees."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a clip is encoded: FFmpeg's names of the encoder and of the pixels, and the encoder's options."""
+
+    codec: str
+    pixels: str = "yuv420p"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+H264 = Encoding("libx264", options={"crf": "16", "preset": "fast", "threads": "1"})
+"""Nearly lossless; one thread, so that the bytes are always the same."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +123,24 @@ def scene(seed: int) -> Scene:
     return Scene(background, shapes)
 
 
-def render_clip(path: Path, *, width: int, height: int, frames: int, fps: int, seed: int) -> str:
-    """Render the scene of ``seed`` to ``path`` (H.264, yuv420p) and return its caption.
+def render_clip(
+    path: Path,
+    *,
+    width: int,
+    height: int,
+    frames: int,
+    fps: int,
+    seed: int,
+    encoding: Encoding = H264,
+    times: Sequence[int] | None = None,
+) -> str:
+    """Render the scene of ``seed`` to ``path`` and return its caption. The container is chosen by the suffix.
 
-    ``width`` and ``height`` in pixels, ``fps`` in frames per second. Raises ValueError for odd sizes,
-    which H.264 in yuv420p does not have, and FileExistsError rather than overwrite a file.
+    Arguments
+        width, height: in pixels.
+        fps: frames per second.
+        times: when each frame is shown, in milliseconds; evenly at ``fps`` when None.
+    Raises ValueError for odd sizes, which 4:2:0 does not have, and FileExistsError rather than overwrite a file.
     """
     if width % 2 or height % 2 or min(width, height) < 16 or frames < 1:
         raise ValueError(
@@ -118,8 +151,36 @@ def render_clip(path: Path, *, width: int, height: int, frames: int, fps: int, s
     drawn = scene(seed)
     with atomic_path(path) as temporary:
         pictures = [draw_frame(drawn, index / max(frames - 1, 1), width, height) for index in range(frames)]
-        _encode(temporary, pictures, fps)
+        _encode(temporary, pictures, fps, encoding, times)
     return drawn.caption
+
+
+def render_picture(path: Path, *, width: int, height: int, seed: int, orientation: int = 1) -> str:
+    """Draw the scene of ``seed`` into a picture file of any kind that Pillow writes, and return its caption.
+
+    Arguments
+        width, height: in pixels, as stored.
+        orientation: what EXIF says of how to turn it, 1 to 8; 6 is what a phone held upright says.
+    Raises FileExistsError rather than overwrite a file.
+    """
+    from PIL import ExifTags, Image
+
+    if path.exists():
+        raise FileExistsError(path)
+    drawn, exif = scene(seed), Image.Exif()
+    if orientation != 1:
+        exif[ExifTags.Base.Orientation] = orientation
+    with atomic_path(path) as temporary:
+        draw_frame(drawn, 0.5, width, height).save(temporary, exif=exif)
+    return drawn.caption
+
+
+def turn_clip(path: Path) -> None:
+    """Say in an mp4 or mov, as phones do, that its pictures are to be turned clockwise by 90 degrees."""
+    data = path.read_bytes()
+    header = data.index(b"tkhd") + 4
+    matrix = header + (40 if data[header] == 0 else 52)
+    atomic_write_bytes(path, data[:matrix] + QUARTER_RIGHT + data[matrix + len(QUARTER_RIGHT) :])
 
 
 def render_folder(folder: Path, count: int = 8, seed: int = 0) -> list[Path]:
@@ -191,14 +252,20 @@ def _place(shape: Shape, time: float, size: tuple[int, int]) -> tuple[float, flo
     return x, y, radius
 
 
-def _encode(path: Path, pictures: list[Image.Image], fps: int) -> None:
-    """Write pictures of one size as H.264, nearly lossless, one thread so that the bytes are always the same."""
+def _encode(
+    path: Path, pictures: Sequence[Image.Image], fps: int, encoding: Encoding, times: Sequence[int] | None
+) -> None:
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "fast", "threads": "1"})
+        stream = container.add_stream(encoding.codec, rate=fps, options=dict(encoding.options))
         stream.width, stream.height = pictures[0].size
-        stream.pix_fmt = "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        stream.pix_fmt = encoding.pixels
+        if times is not None:
+            stream.codec_context.time_base = MILLISECOND
+        for index, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_image(picture)
+            if times is not None:
+                frame.pts, frame.time_base = times[index], MILLISECOND
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
