@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.data.encode import CachedData
     from tuner.data.plan import Plan
-    from tuner.data.prune import Unused
     from tuner.data.samples import Prepared
     from tuner.manager import Manager
     from tuner.model import Model
@@ -138,19 +137,6 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
         _encode(assembly, found, model, verify=verify)
 
 
-def unused_entries(assembly: Assembly) -> Unused:
-    """The entries in this config's cache folders that no clip and no caption of it uses, as encoded on this machine."""
-    from tuner.data.encode import entries_in_use, entry_keys
-    from tuner.data.prune import find_unused
-    from tuner.train.engine import Engine
-
-    found = survey(assembly)
-    Engine(found.run)
-    model: Model = assembly.manager.hook.load_model(run=found.run)
-    keys = entry_keys(model, found.prepared, _extra_captions(assembly, found.run))
-    return find_unused(entries_in_use(found.prepared, keys))
-
-
 def run(assembly: Assembly) -> None:
     """The whole job. Raises TunerError for whatever a user can mend."""
     from tuner import transforms
@@ -184,7 +170,7 @@ def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = F
 
     hook = assembly.manager.hook
     with processes.together():
-        extra = _extra_captions(assembly, found.run)
+        extra = extra_captions(assembly, found.run)
     cached = build_cache(found.run, model, hook, found.prepared, extra, verify=verify)
     found.run.text_cache, found.run.cached = cached.text, cached
     if cached.prepared is not found.prepared:
@@ -195,7 +181,8 @@ def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = F
     return cached
 
 
-def _extra_captions(assembly: Assembly, run: Run) -> list[str]:
+def extra_captions(assembly: Assembly, run: Run) -> list[str]:
+    """What the plugins want encoded beside the datasets' captions."""
     return [caption for answer in assembly.manager.hook.extra_captions(run=run) for caption in answer]
 
 

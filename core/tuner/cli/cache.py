@@ -13,7 +13,7 @@ from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
-    from tuner.data.prune import Unused
+    from tuner.cli.prune import Unused
 
 LISTED = 20
 
@@ -50,13 +50,11 @@ def cache(
 
 def _prune(assembly: Assembly, dry_run: bool, yes: bool) -> None:
     """Say what is not in use, and remove it where that is wanted."""
-    from tuner import pipeline
+    from tuner.cli.prune import remove, unused_entries
 
-    unused = pipeline.unused_entries(assembly)
+    unused = unused_entries(assembly)
     _show(unused, listed=None if dry_run else LISTED)
     if unused.files and not dry_run and (yes or typer.confirm("remove them?")):
-        from tuner.data.prune import remove
-
         remove(unused)
         print(f"removed {len(unused.files)} files, {unused.size / 1e6:.1f} MB")
 

@@ -1,4 +1,4 @@
-"""Which files of a cache no dataset uses, and removing just those.
+"""What ``tuner cache --prune`` removes: the files of a cache that no dataset uses, and just those.
 
 Only what has the name of an entry, in the place of an entry, is ever looked at; everything else is somebody's.
 """
@@ -11,9 +11,17 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tuner import pipeline
+from tuner.data.encode import entries_in_use, entry_keys
 from tuner.data.store import PACKED_SUFFIX, SUFFIX, Store
 from tuner.files import TEMPORARY
+from tuner.train.engine import Engine
+
+if TYPE_CHECKING:
+    from tuner.assembly import Assembly
+    from tuner.model import Model
 
 STALE = 24 * 3600
 """Seconds after which a half-written entry belongs to no process that is still alive."""
@@ -34,6 +42,15 @@ class Unused:
     def size(self) -> int:
         """Bytes of all of them."""
         return sum(self.files.values())
+
+
+def unused_entries(assembly: Assembly) -> Unused:
+    """The entries in this config's cache folders that no clip and no caption of it uses, as encoded on this machine."""
+    found = pipeline.survey(assembly)
+    Engine(found.run)
+    model: Model = assembly.manager.hook.load_model(run=found.run)
+    keys = entry_keys(model, found.prepared, pipeline.extra_captions(assembly, found.run))
+    return find_unused(entries_in_use(found.prepared, keys))
 
 
 def find_unused(used: Mapping[Path, Collection[str]], *, now: float | None = None) -> Unused:
