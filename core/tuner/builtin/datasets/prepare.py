@@ -79,7 +79,14 @@ def _prepared(dataset: AnyTrained, inputs: _Inputs) -> tuple[list[Sample], Datas
     """The samples of one dataset, and what became of its files."""
     core, spec = inputs.core, inputs.spec
     listing = _listing(dataset, inputs)
-    probed = probe(listing, dataset.cache_dir_vae, processes=core.probe_processes, show_progress=inputs.show_progress)
+    probed = probe(
+        listing,
+        dataset.cache_dir_vae,
+        processes=core.probe_processes,
+        show_progress=inputs.show_progress,
+        pictures=dataset.dataset_type != "video",
+        clips=dataset.dataset_type != "image",
+    )
     usable, dropped = judge(dataset, listing.root, probed, spec)
     if not usable:
         raise _nothing_left(dataset, listing, probed, dropped)
@@ -91,6 +98,13 @@ def _prepared(dataset: AnyTrained, inputs: _Inputs) -> tuple[list[Sample], Datas
     notes = [*listing.notes, *idle_keys(dataset), *captions.notes, *dataset_notes(dataset, kept, samples, spec)]
     if len(kept) < len(usable):
         notes.append(f"{len(kept)} of {len(usable)} files are used (max_num_samples), chosen by the seed")
+    if core.quarantine_problematic_files and dataset.type == LOCAL:
+        notes += quarantine(listing.root, dataset.cache_dir_vae, dropped)
+    elif core.delete_problematic_images and any(each.reason == UNDECODABLE for each in dropped):
+        notes.append(
+            "nothing is ever deleted (delete_problematic_images): files that cannot be decoded are left where they "
+            "are, or moved aside with quarantine_problematic_files"
+        )
     return samples, _report(dataset, listing, samples, dropped, notes)
 
 
