@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,3 +217,20 @@ def test_windows_reach_from_the_first_frame_to_the_last(prepare: Prepare) -> Non
     frames = decode(whole, View(windows[0].views[0].framing))
     assert torch.equal(decode(windows[0], windows[0].views[0]), frames[:, :9])
     assert torch.equal(decode(windows[-1], windows[-1].views[0]), frames[:, -9:])
+
+
+def test_other_files_change_nothing_for_a_clip(mixed: Path, tmp_path: Path, prepare: Prepare) -> None:
+    (tmp_path / "alone").mkdir()
+    for suffix in ("mp4", "txt"):
+        shutil.copy(mixed / f"wide 40 at 16.{suffix}", tmp_path / "alone")
+    keys: dict[str, Any] = {
+        "video": {"num_frames": 9, "cut": "random"},
+        "crop": True,
+        "crop_style": "random",
+        "crop_aspect": "random",
+        "crop_aspect_buckets": [0.5, 1, 2],
+    }
+    alone = prepare(instance_data_dir=str(tmp_path / "alone"), cache_dir_vae=str(tmp_path / "cache"), **keys).samples
+    (among_others,) = [each for each in prepare(**keys).samples if each.path.name == alone[0].path.name]
+    assert (alone[0].bucket, alone[0].views) == (among_others.bucket, among_others.views)
+    assert len(alone[0].views) == 4
