@@ -19,7 +19,6 @@ from tuner.train.log import NAME as LOG_NAME
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
-    from tuner.data.report import DataReport
     from tuner.pipeline import Survey
     from tuner.run import Run
 
@@ -85,17 +84,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def show_data(report: DataReport) -> None:
-    """What of the data is used, and what is left out and why."""
-    from tuner.data.report import show_report
-
-    show_report(report)
-
-
 def show_survey(found: Survey) -> None:
-    """The data report and the length of the run."""
+    """The model, and the length of the run."""
     config = found.run.config
-    show_data(found.prepared.report)
     per_step = " to ".join(map(str, sorted({*found.plan.samples_per_step})))
     print(
         f"model: {found.spec.family} {found.spec.flavour} from {found.spec.base}\n"

@@ -7,7 +7,7 @@ refused is refused before any weight is read.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,8 @@ def survey(assembly: Assembly) -> Survey:
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
     run.trained_shape = _most_frequent_shape(prepared)
+    wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
+    prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
     hook.data_ready(run=run, spec=spec, data=prepared)
     check_sizes(prepared, run.config)
     plan = make_plan(run, prepared, 1)
@@ -175,8 +177,6 @@ def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = F
     found.run.text_cache, found.run.cached = cached.text, cached
     if cached.prepared is not found.prepared:
         with processes.together():
-            if found.run.is_main:
-                output.show_data(cached.prepared.report)
             hook.data_ready(run=found.run, spec=found.spec, data=cached.prepared)
     return cached
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tuner.builtin.datasets.prepare import prepare
 from tuner.config.keys import CoreConfig
-from tuner.data.report import lines, show_report
+from tuner.builtin.data_report.table import lines, show_report
 from tuner.data.samples import Bucket
 from tuner.errors import DataError
 from tuner.spec import ModelSpec

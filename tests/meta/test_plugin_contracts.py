@@ -26,6 +26,10 @@ class TestChunkedFeedForward(PluginContract):
     legacy_keys = frozenset({"enable_chunked_feed_forward", "feed_forward_chunk_size"})
 
 
+class TestDataReport(PluginContract):
+    plugin = "data_report"
+
+
 class TestDatasets(PluginContract):
     plugin = "datasets"
 

@@ -1,6 +1,7 @@
 """Plugins that come with the core and are loaded, listed and left out like any other."""
 
 BUILTINS = {
+    "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",

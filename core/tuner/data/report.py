@@ -7,14 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from tuner.data.samples import Bucket
-
-LISTED = 20
-"""Files named on screen for each reason; more are counted."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,8 @@ class DatasetReport:
     """each bucket with its number of clips"""
     dropped: tuple[Dropped, ...]
     notes: tuple[str, ...] = ()
+    held_out: bool = False
+    """whether its samples are never trained on"""
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -81,45 +76,3 @@ def _without(dataset: DatasetReport, failures: list[tuple[Dropped, Bucket]]) -> 
 def summary(reasons: dict[str, int]) -> str:
     """``3 too short, 1 cannot be decoded``; ``-`` when nothing was left out."""
     return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "-"
-
-
-def show_report(report: DataReport, console: Console | None = None) -> None:
-    """Print the table of datasets, the notes, and the files that were left out."""
-    console = console or Console()
-    table = Table(title="data", title_justify="left")
-    table.add_column("dataset")
-    table.add_column("kept", justify="right")
-    table.add_column("left out")
-    table.add_column("buckets (clips)")
-    for dataset in report.datasets:
-        buckets = "\n".join(f"{bucket} ({count})" for bucket, count in dataset.buckets)
-        kept = f"{dataset.kept} x {dataset.repeats + 1}" if dataset.repeats else str(dataset.kept)
-        table.add_row(Text(dataset.dataset_id), kept, summary(dataset.reasons), buckets)
-    console.print(table) if console.is_terminal else _plain(report, console)
-    for line in lines(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _plain(report: DataReport, console: Console) -> None:
-    """The table as lines, for log files."""
-    for each in report.datasets:
-        buckets = "; ".join(f"{bucket} ({count})" for bucket, count in each.buckets)
-        line = f"dataset {each.dataset_id}: {each.kept} kept, left out: {summary(each.reasons)}, buckets: {buckets}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def lines(report: DataReport) -> list[str]:
-    """Notes and left-out files, one line each."""
-    out = list(report.notes)
-    for dataset in report.datasets:
-        out += [f"{dataset.dataset_id}: {note}" for note in dataset.notes]
-        for reason, count in dataset.reasons.items():
-            files = [each for each in dataset.dropped if each.reason == reason]
-            out += [f"{dataset.dataset_id}: {reason}: {_named(each)}" for each in files[:LISTED]]
-            if count > LISTED:
-                out.append(f"{dataset.dataset_id}: {reason}: and {count - LISTED} more")
-    return out
-
-
-def _named(dropped: Dropped) -> str:
-    return f"{dropped.path} ({dropped.detail})" if dropped.detail else str(dropped.path)

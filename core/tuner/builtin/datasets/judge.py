@@ -15,8 +15,10 @@ from tuner.data.report import Dropped
 from tuner.errors import ConfigError
 from tuner.spec import ModelSpec
 
+UNDECODABLE = "cannot be decoded"
+"""The reason of files that are broken, or of another kind."""
 REMEDIES = {
-    "cannot be decoded": "convert the files to mp4 (H.264), or take them out",
+    UNDECODABLE: "convert the files to mp4 (H.264), or take them out",
     "too short": "lower video.num_frames and video.min_frames, or use longer clips",
     "too long": "raise video.max_frames",
     "too small": "lower minimum_image_size, or use larger clips",
@@ -98,7 +100,7 @@ def judge(dataset: Trained, root: Path, probed: Iterable[Probed], spec: ModelSpe
     for each in probed:
         path = root / each.name
         if each.facts is None:
-            dropped.append(Dropped(dataset.id, path, "cannot be decoded", each.reason))
+            dropped.append(Dropped(dataset.id, path, UNDECODABLE, each.reason))
         elif fault := _fault(dataset, each.facts, spec):
             dropped.append(Dropped(dataset.id, path, *fault))
         else:

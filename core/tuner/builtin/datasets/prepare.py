@@ -13,10 +13,11 @@ from tuner import rng
 from tuner.builtin.datasets.captions import captions_of
 from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
 from tuner.builtin.datasets.idle import idle_keys
-from tuner.builtin.datasets.judge import REMEDIES, Kept, check_dataset, judge
+from tuner.builtin.datasets.judge import REMEDIES, UNDECODABLE, Kept, check_dataset, judge
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions, conditioning_of
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
+from tuner.builtin.datasets.quarantine import quarantine
 from tuner.builtin.datasets.reading import Datasets, read_datasets
 from tuner.builtin.datasets.views import windows
 from tuner.data.report import DataReport, DatasetReport, Dropped, summary
@@ -207,6 +208,7 @@ def _report(
         buckets=tuple(sorted(Counter(sample.bucket for sample in samples).items())),
         dropped=tuple(dropped),
         notes=tuple(notes),
+        held_out=isinstance(dataset, EvalDataset),
     )
 
 

@@ -10,6 +10,7 @@ from tuner.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
     from tuner.builtin.sampling.prompts import Prompt
+    from tuner.data.samples import Prepared
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
@@ -48,6 +49,14 @@ class SamplingPlugin(Plugin[PluginConfig]):
         if self._all(run):
             for note in settings_for(run, spec)[1]:
                 self._say(run, note)
+
+    @hookimpl
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
+        """Say when clips are rendered at a size that is not trained, and what would train it."""
+        from tuner.builtin.sampling.trained_sizes import untrained
+
+        if self._all(run) and (note := untrained(run, spec, data)):
+            self._say(run, note)
 
     @hookimpl
     def extra_captions(self, run: Run) -> Iterable[str]:
