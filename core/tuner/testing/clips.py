@@ -1,4 +1,4 @@
-"""Short captioned clips made by our own code: shapes that move over a gradient, as H.264 in mp4.
+"""Short captioned clips and pictures made by our own code: shapes that move over a gradient, H.264 in mp4 by default.
 
 They stand in for people's videos in the quickstart, in tests and in benchmarks: real files that go
 through the real decoder, of different sizes, lengths and frame rates, each with a caption that says
