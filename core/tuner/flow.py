@@ -166,12 +166,13 @@ def loss(core: CoreConfig, prediction: Tensor, batch: Batch) -> Loss:
     """Distance of ``prediction`` from ``batch.target`` (B, C, F', h, w), in float32, mean over all but the batch.
 
     With a mask m the mean is a weighted one, sum(m * distance) / sum(m): a small mask gives a loss as large as a
-    large one does. Where m is 1 everywhere it changes nothing. Each sample's mask must be above 0 somewhere.
+    large one does. Where m is 1 everywhere it changes nothing. A sample whose mask is 0 everywhere has the loss 0.
     """
     distance = _distance(core, prediction.float() - batch.target.float())
     if batch.mask is None:
         return Loss(per_sample=distance.flatten(1).mean(1))
-    return Loss(per_sample=(batch.mask * distance).flatten(1).mean(1) / batch.mask.flatten(1).mean(1))
+    weight = batch.mask.flatten(1).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    return Loss(per_sample=(batch.mask * distance).flatten(1).mean(1) / weight)
 
 
 def _distance(core: CoreConfig, difference: Tensor) -> Tensor:

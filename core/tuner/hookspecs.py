@@ -18,7 +18,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
-    from tuner.data.samples import Prepared
+    from tuner.data.order import Order
+    from tuner.data.samples import Prepared, Sample
     from tuner.data.source import Source
     from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model, Transform
     from tuner.run import Run
@@ -29,11 +30,11 @@ PROJECT = "tuner"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-SINGLE = frozenset({"describe_model", "prepare_data", "load_model", "encode_batch", "compute_loss", "route_tokens"})
+SINGLE = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss", "route_tokens"})
 """Hooks with at most one answer."""
-REQUIRED = frozenset({"describe_model", "prepare_data", "load_model", "encode_batch", "compute_loss"})
-"""Hooks with exactly one answer: what a model family must implement, and ``prepare_data`` of the built-in
-``datasets``."""
+REQUIRED = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss"})
+"""Hooks with exactly one answer: what a model family must implement, and ``prepare_data`` and
+``plan_epochs`` of the built-in ``datasets`` and ``epochs``."""
 
 
 class HookSpecs:
@@ -139,21 +140,55 @@ class HookSpecs:
                 return prepare(self.config.archive, spec)
         """
 
+    @hookspec(firstresult=True)
+    def plan_epochs(self, run: Run, spec: ModelSpec, data: Prepared, processes: int) -> Order:
+        """Say which samples each optimizer step trains on.
+
+        Called: one (the built-in ``epochs``), after the data are prepared, also by ``tuner check``; and again after the
+        cache is built, when files had to be left out because they could not be encoded.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered; ``processes``, how many train.
+        Returns: an Order (``tuner.data.order``): a pure function of seed and step.
+
+        Example::
+
+            @hookimpl
+            def plan_epochs(self, run, spec, data, processes):
+                from my_curriculum.order import EasyFirst
+                return EasyFirst(data, run.config, processes)
+        """
+
     @hookspec
-    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
         """Look at the data before any weight is read: warn, refuse, or write a report of it.
 
-        Called: all, right after ``prepare_data``, also by ``tuner check``; and again after the cache is built, when
+        Called: all, right after ``plan_epochs``, also by ``tuner check``; and again after the cache is built, when
         files had to be left out because they could not be encoded. Files are written by the main process only.
-        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered; ``plan``, what ``plan_epochs`` did.
         Returns: nothing; raises ConfigError or DataError to refuse.
 
         Example::
 
             @hookimpl
-            def data_ready(self, run, spec, data):
+            def data_ready(self, run, spec, data, plan):
                 if any(sample.companion("mask") for sample in data.samples):
                     run.log.warning("masks were found to do harm with this model")
+        """
+
+    @hookspec
+    def extra_samples(self, run: Run, spec: ModelSpec, data: Prepared) -> Iterable[Sample]:
+        """Name clips and pictures to encode beside the datasets' own, such as the first frames of validation clips.
+
+        Called: all, after ``prepare_data`` and before ``data_ready``, also by ``tuner check``.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered.
+        Returns: Samples (``tuner.data.samples``) with ids of their own. They are never trained on; their encodings are
+        at ``run.cached.video(sample)`` once the cache is built, and those that could not be encoded are missing from
+        ``run.cached.prepared.extra``.
+
+        Example::
+
+            @hookimpl
+            def extra_samples(self, run, spec, data):
+                return [replace(data.samples[0], sample_id="my_plugin/first")]
         """
 
     @hookspec(firstresult=True)

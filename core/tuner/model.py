@@ -167,6 +167,14 @@ class EncodeBatch:
     """for ``text``"""
     pixels: Tensor | None = None
     """for ``video`` and ``conditioning``: (B, 3, F, H, W) float32 in [-1, 1]"""
+    frames: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frames that stand in the place of the clip's own: role (``first_frame``, ``last_frame``) -> (B, 3, 1, H, W)"""
+
+    def frame(self, role: str) -> Tensor:
+        """(B, 3, 1, H, W): the frame of that role, the clip's own first or last one where no other was given."""
+        assert self.pixels is not None
+        own = self.pixels[:, :, -1:] if role == "last_frame" else self.pixels[:, :, :1]
+        return self.frames.get(role, own)
 
 
 Encoded = list[dict[str, Tensor]]
@@ -233,6 +241,9 @@ class SampleRequest:
     flow_shift: float | None
     guidance_2: float | None = None
     """Guidance of the expert of low noise, where there are two; None is the same."""
+    images: Mapping[str, Tensor] = field(default_factory=dict)
+    """What ``encode_batch`` gave, beside ``latents``, for the frames that the clip starts from (and ends at); empty
+    where the model takes none."""
     on_step: Callable[[int], None] | None = None
     """Called with the number of steps done, for the progress bar."""
 
@@ -282,6 +293,13 @@ class Model(ABC):
 
         It reads nothing else of the noise fields, and neither target nor mask.
         """
+
+    def forced_tokens(self, grid: tuple[int, int, int]) -> Tensor | None:
+        """(S,) bool on the CPU: tokens of a clip of ``grid`` latent (frames, height, width) that no route may drop.
+
+        None is none of them: that is so unless a family says otherwise.
+        """
+        return None
 
     @abstractmethod
     def sample(self, request: SampleRequest) -> Tensor:

@@ -91,6 +91,12 @@ class ModelSpec:
     defaults: dict[str, object] = field(default_factory=dict)
     """Core keys this model would rather have another default for, such as ``validation_guidance``."""
 
+    @property
+    def frames_taken(self) -> tuple[str, ...]:
+        """Roles of the frames that the denoiser is given: ``first_frame``, ``last_frame``."""
+        last = ("last_frame",) if self.condition == "first_and_last_frame" else ()
+        return () if self.condition == "none" else ("first_frame", *last)
+
     def network(self, name: str) -> NetworkSpec:
         """The network called ``name``; KeyError when there is none."""
         return next(network for network in self.networks if network.name == name)

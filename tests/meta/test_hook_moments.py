@@ -43,6 +43,11 @@ class Scribe(Plugin[PluginConfig]):
         return {}
 
     @hookimpl
+    def extra_samples(self, run, spec, data):
+        self.note("extra_samples", run, samples=len(data.samples))
+        return []
+
+    @hookimpl
     def data_ready(self, run, spec, data):
         self.note("data_ready", run, samples=len(data.samples))
 
@@ -191,6 +196,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
         "token_selectors",
         "data_sources",
         "check_model",
+        "extra_samples",
         "data_ready",
         "model_transforms",
         "extra_captions",
@@ -212,6 +218,7 @@ def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[s
     assert facts(calls, "token_selectors") == [{"described": True}]
     assert facts(calls, "data_sources") == [{"described": True}]
     assert facts(calls, "check_model") == [{"blocks": 4}]
+    assert facts(calls, "extra_samples") == [{"samples": 2}]
     assert facts(calls, "data_ready") == [{"samples": 2}]
     assert facts(calls, "model_transforms") == [{"meta": True}]
     assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]

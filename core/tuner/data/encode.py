@@ -6,7 +6,7 @@ Where there are several processes each encodes its share. The work itself is in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from tuner.data.store import Store, make_key
 from tuner.errors import DataError
 from tuner.model import EncodeKind, Model
 from tuner.run import Run
+from tuner.spec import ModelSpec
 
 ENCODING = 2
 """Bumped by hand when decoding, framing or the layout of entries changes what is stored (see the golden test)."""
@@ -46,6 +47,8 @@ class CachedData:
     """by sample id and number of the view"""
     mask_keys: dict[tuple[str, int], str] = field(default_factory=dict)
     """the same, of those that have a mask"""
+    image_keys: dict[tuple[str, int], str] = field(default_factory=dict)
+    """the same, of those whose frames are embedded"""
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -66,7 +69,11 @@ class CachedData:
 
     def video(self, sample: Sample, view: int = 0) -> dict[str, Tensor]:
         """The encoding of a clip's view: ``latents`` (C, F', h, w) and whatever else the family stores."""
-        return Store(sample.cache).read(self.video_keys[sample.sample_id, view])
+        stored = Store(sample.cache).read(self.video_keys[sample.sample_id, view])
+        key = self.image_keys.get((sample.sample_id, view))
+        if key is None or sample.image_cache is None:
+            return stored
+        return stored | Store(sample.image_cache).read(key)
 
     def mask(self, sample: Sample, view: int = 0) -> Mask | None:
         """The mask of a clip's view, where it has one."""
@@ -79,9 +86,28 @@ def text_key(caption: str, encoder: str) -> str:
     return make_key("text", ENCODING, encoder, caption)
 
 
-def video_key(sample: Sample, view: View, encoder: str) -> str:
-    """The name of the entry of a clip's view: its content, what is taken of it, the encoder; not where it lies."""
-    return make_key("video", ENCODING, encoder, sample.content_hash, sample.bucket, view)
+def video_key(sample: Sample, view: View, encoder: str, given: Iterable[str] = ()) -> str:
+    """The name of the entry of a clip's view: its content, what is taken of it, the encoder; not where it lies.
+
+    ``given``: what says what else is encoded beside its latents.
+    """
+    return make_key("video", ENCODING, encoder, sample.content_hash, sample.bucket, view, *given)
+
+
+def image_key(sample: Sample, view: View, encoder: str, roles: Sequence[str]) -> str:
+    """The name of the entry of the embeddings of a view's frames of these ``roles``."""
+    frames = (sample.content_hash, sample.bucket, view, *roles, *_frame_files(sample, roles))
+    return make_key("conditioning", ENCODING, encoder, *frames)
+
+
+def _given(sample: Sample, spec: ModelSpec) -> list[str]:
+    """What decides what the denoiser is given beside the text: nothing where it is given nothing."""
+    return [] if spec.condition == "none" else [spec.condition, *_frame_files(sample, spec.frames_taken)]
+
+
+def _frame_files(sample: Sample, roles: Iterable[str]) -> list[str]:
+    """The files that stand in the place of the clip's own frames."""
+    return [f"{role} {file.content_hash}" for role in roles if (file := sample.companion(role)) is not None]
 
 
 class Keys(NamedTuple):
@@ -93,21 +119,26 @@ class Keys(NamedTuple):
     """by sample id and number of the view"""
     mask: dict[tuple[str, int], str]
     """the same, of those that have a mask"""
+    image: dict[tuple[str, int], str]
+    """the same, of those whose frames are embedded"""
 
 
 def entry_keys(model: Model, prepared: Prepared, extra_captions: Iterable[str] = ()) -> Keys:
     """The names of all entries for these samples and captions; no weights are loaded, but sampled for a fingerprint."""
-    samples = (*prepared.samples, *prepared.held_out)
+    spec, samples = model.spec, prepared.encoded
     captions = [caption for sample in samples for caption in sample.captions]
     text, video = _encoder(model, "text"), _encoder(model, "video")
+    image = _encoder(model, "conditioning") if spec.conditioning_frames else ""
+    views = [(sample, index, view) for sample in samples for index, view in enumerate(sample.views)]
     return Keys(
         {caption: text_key(caption, text) for caption in [*captions, EMPTY_CAPTION, *extra_captions]},
+        {(each.sample_id, at): video_key(each, view, video, _given(each, spec)) for each, at, view in views},
+        mask_keys(samples, spec),
         {
-            (sample.sample_id, index): video_key(sample, view, video)
-            for sample in samples
-            for index, view in enumerate(sample.views)
+            (each.sample_id, at): image_key(each, view, image, spec.conditioning_frames)
+            for each, at, view in views
+            if each.image_cache is not None
         },
-        mask_keys(samples, model.spec),
     )
 
 
@@ -117,10 +148,12 @@ def entries_in_use(prepared: Prepared, keys: Keys) -> dict[Path, set[str]]:
     for root in (*prepared.caches, prepared.text_cache):
         used[root.resolve()] = set()
     used[prepared.text_cache.resolve()].update(keys.text.values())
-    for sample in (*prepared.samples, *prepared.held_out):
+    for sample in prepared.encoded:
         views = [(sample.sample_id, index) for index in range(len(sample.views))]
-        for kind in (keys.video, keys.mask):  # what is not named here is pruned
-            used[sample.cache.resolve()].update(kind[view] for view in views if view in kind)
+        # What is not named here is pruned.
+        images = sample.image_cache or sample.cache
+        for kind, store in ((keys.video, sample.cache), (keys.mask, sample.cache), (keys.image, images)):
+            used[store.resolve()].update(kind[view] for view in views if view in kind)
     return dict(used)
 
 
@@ -147,10 +180,11 @@ def build_cache(
     """
     tally, failures = Tally(), dict[str, str]()
     encoder = Encoder(run, model, hooks, tally, show=show_progress and run.is_main, verify=verify)
-    samples = (*prepared.samples, *prepared.held_out)
+    samples = prepared.encoded
     with processes.together(), torch.no_grad():
         keys = entry_keys(model, prepared, extra_captions)
         encoder.captions(keys.text, prepared.text_cache, prepared.text_write_batch_size)
+        failures.update(encoder.clips(samples, keys.image, "conditioning"))
         failures.update(encoder.clips(samples, keys.video))
         failures.update(encode_masks(encoder, samples, keys.mask))
     everywhere = processes.gather((failures, tally))
@@ -161,7 +195,7 @@ def build_cache(
         run.log.info("cache: %s", counts)
     with processes.together():
         left = _without(prepared, failures)
-    return CachedData(left, encoded, rebuilt, keys.text, keys.video, keys.mask)
+    return CachedData(left, encoded, rebuilt, keys.text, keys.video, keys.mask, keys.image)
 
 
 def _without(prepared: Prepared, failures: dict[str, str]) -> Prepared:
@@ -178,6 +212,7 @@ def _without(prepared: Prepared, failures: dict[str, str]) -> Prepared:
         prepared,
         samples=kept,
         held_out=tuple(sample for sample in prepared.held_out if sample.sample_id not in failures),
+        extra=tuple(sample for sample in prepared.extra if sample.sample_id not in failures),
         report=prepared.report.without(failed),
     )
 

@@ -6,9 +6,10 @@ A component is loaded when something of its kind is missing, and freed before th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -16,19 +17,21 @@ import torch
 from torch import Tensor
 
 from tuner import processes
-from tuner.data.decode import decode
+from tuner.data.clips import Clip, read_clip
 from tuner.data.progress import progress
 from tuner.data.samples import Bucket, Sample, View
 from tuner.data.store import Store
 from tuner.data.writing import Writer
 from tuner.errors import DataError, ModelError
-from tuner.model import EncodeBatch, Encoded, Model
+from tuner.model import EncodeBatch, Encoded, EncodeKind, Model
 from tuner.run import Run
 
 T = TypeVar("T")
 Job = tuple[T, str, Store]
 """Something to encode, its key, and the store of its entry."""
 ClipJob = Job[tuple[Sample, View]]
+WHAT: dict[EncodeKind, str] = {"text": "captions", "video": "clips", "conditioning": "images"}
+"""What people call it while it is encoded."""
 
 
 class EncodeHooks(Protocol):
@@ -88,72 +91,92 @@ class Encoder:
                 raise ModelError(f"the text encoder gives non-finite numbers for {caption!r}")
             self._writer.write(store, key, tensors, {"kind": "text", "caption": caption})
 
-    def clips(self, samples: Sequence[Sample], keys: dict[tuple[str, int], str]) -> dict[str, str]:
-        """Encode the views whose entry is missing or damaged; the reason by sample id for each clip that failed."""
+    def clips(
+        self, samples: Sequence[Sample], keys: Mapping[tuple[str, int], str], kind: EncodeKind = "video"
+    ) -> dict[str, str]:
+        """Encode the views whose entry of ``kind`` is missing or damaged; the reason by sample id for each that failed.
+
+        Arguments
+            keys: by sample id and number of the view; a view that is not among them has no entry of this kind.
+        """
+        spec = self.model.spec
+        roles = spec.frames_taken if kind == "video" else spec.conditioning_frames
         wanted = [
-            ((sample, view), keys[sample.sample_id, index], self.store(sample.cache))
+            ((_needed(sample, kind, roles), view), key, self.store(root))
             for sample in samples
+            if (root := sample.cache if kind == "video" else sample.image_cache) is not None
             for index, view in enumerate(sample.views)
+            if (key := keys.get((sample.sample_id, index))) is not None
         ]
-        missing = self.missing(wanted, "clips")
-        by_bucket: dict[Bucket, list[ClipJob]] = defaultdict(list)
-        for job in missing:
-            by_bucket[job[0][0].bucket].append(job)
+        alike: dict[tuple[Bucket, frozenset[str]], list[ClipJob]] = defaultdict(list)
+        for job in self.missing(wanted, WHAT[kind]):
+            sample = job[0][0]
+            alike[sample.bucket, frozenset(each.role for each in sample.companions).intersection(roles)].append(job)
         size = self.run.config.vae_batch_size
-        batches = [batch for jobs in by_bucket.values() for batch in _chunks(jobs, size)]
+        batches = [batch for jobs in alike.values() for batch in _chunks(jobs, size)]
         failures: dict[str, str] = {}
         if batches:
-            self._encode_batches(batches, failures)
+            self._encode_batches(kind, batches, partial(_read_all, roles), failures)
         return _spread(failures, wanted)
 
-    def _encode_batches(self, batches: Sequence[list[ClipJob]], failures: dict[str, str]) -> None:
+    def _encode_batches(
+        self,
+        kind: EncodeKind,
+        batches: Sequence[list[ClipJob]],
+        read: Callable[[Sequence[ClipJob]], list[Clip | str]],
+        failures: dict[str, str],
+    ) -> None:
         """Encode batch after batch: while one is encoded, the next is decoded and the last is written."""
         with (
-            self.model.use(*self.model.spec.encoders["video"]),
-            progress("encoding clips", sum(map(len, batches)), show=self.show) as advance,
+            self.model.use(*self.model.spec.encoders[kind]),
+            progress(f"encoding {WHAT[kind]}", sum(map(len, batches)), show=self.show) as advance,
             Writer(self.run.config.write_batch_size) as self._writer,
             ThreadPoolExecutor(1) as reader,
         ):
-            ahead = reader.submit(_decode_all, batches[0])
+            ahead = reader.submit(read, batches[0])
             for index, batch in enumerate(batches):
                 decoded = ahead.result()
                 if index + 1 < len(batches):
-                    ahead = reader.submit(_decode_all, batches[index + 1])
+                    ahead = reader.submit(read, batches[index + 1])
                 processes.stop_if_one_failed()
-                self._encode_clips(batch, decoded, failures)
+                self._encode_clips(kind, batch, decoded, failures)
                 self._done(len(batch), advance)
 
     def store(self, root: Path) -> Store:
         """The store under ``root``, written to as the config says."""
         return Store(root, compress=self.run.config.compress_disk_cache)
 
-    def _encode_clips(self, batch: list[ClipJob], decoded: list[Tensor | str], failures: dict[str, str]) -> None:
+    def _encode_clips(
+        self, kind: EncodeKind, batch: list[ClipJob], decoded: list[Clip | str], failures: dict[str, str]
+    ) -> None:
         """Encode one batch and store it; a batch that fails is tried clip by clip, to name the one at fault."""
-        good = [(job, pixels) for job, pixels in zip(batch, decoded, strict=True) if isinstance(pixels, Tensor)]
+        good = [(job, clip) for job, clip in zip(batch, decoded, strict=True) if isinstance(clip, Clip)]
         for ((sample, _), _, _), reason in zip(batch, decoded, strict=True):
             if isinstance(reason, str):
                 self._fail(sample, reason, failures)
         try:
-            self._encode_and_store(good)
+            self._encode_and_store(kind, good)
         except (RuntimeError, ValueError, ArithmeticError) as error:
             if len(good) > 1:
                 for each in good:
-                    self._encode_clips([each[0]], [each[1]], failures)
+                    self._encode_clips(kind, [each[0]], [each[1]], failures)
             else:
                 self.run.log.debug("encoding failed", exc_info=error)
                 self._fail(good[0][0][0][0], f"{type(error).__name__}: {error}", failures)
 
-    def _encode_and_store(self, good: Sequence[tuple[ClipJob, Tensor]]) -> None:
+    def _encode_and_store(self, kind: EncodeKind, good: Sequence[tuple[ClipJob, Clip]]) -> None:
         if not good:
             return
-        pixels = torch.stack([pixels for _, pixels in good])
-        encoded = self._encode(EncodeBatch("video", pixels=pixels), len(good))
+        pixels = torch.stack([clip.pixels for _, clip in good])
+        frames = {role: torch.stack([clip.frames[role] for _, clip in good]) for role in good[0][1].frames}
+        encoded = self._encode(EncodeBatch(kind, pixels=pixels, frames=frames), len(good))
         for (((sample, _), key, store), _), tensors in zip(good, encoded, strict=True):
-            self._check_shape(sample, tensors)
+            if kind == "video":
+                self._check_shape(sample, tensors)
             if not _is_finite(tensors):
                 raise ArithmeticError("the encoder gives non-finite numbers")
             self._writer.write(
-                store, key, tensors, {"kind": "video", "source": sample.path.name, "bucket": str(sample.bucket)}
+                store, key, tensors, {"kind": kind, "source": sample.path.name, "bucket": str(sample.bucket)}
             )
 
     def _encode(self, batch: EncodeBatch, count: int) -> Encoded:
@@ -206,12 +229,19 @@ class Encoder:
         advance(count)
 
 
-def _decode_all(batch: Sequence[ClipJob]) -> list[Tensor | str]:
-    """The pixels of each clip, or the reason why there are none."""
-    decoded: list[Tensor | str] = []
+def _needed(sample: Sample, kind: EncodeKind, roles: Sequence[str]) -> Sample:
+    """The sample with only so many frames as are encoded: where no last frame is embedded, one is enough."""
+    if kind == "video" or "last_frame" in roles:
+        return sample
+    return replace(sample, bucket=replace(sample.bucket, frames=1))
+
+
+def _read_all(roles: Sequence[str], batch: Sequence[ClipJob]) -> list[Clip | str]:
+    """Each clip, or the reason why there is none."""
+    decoded: list[Clip | str] = []
     for (sample, view), _, _ in batch:
         try:
-            decoded.append(decode(sample, view))
+            decoded.append(read_clip(sample, view, roles))
         except DataError as error:
             decoded.append(error.what)
     return decoded

@@ -50,10 +50,12 @@ class View:
     """the first frame taken, counted in the source from 0"""
     fps: float | None = None
     """take the frames shown at this rate (by timestamp, from the first one on); None takes every frame as it is"""
+    still: bool = False
+    """take the first frame alone, and show it throughout"""
 
     def __str__(self) -> str:
         rate = "" if self.fps is None else f" at {self.fps:g} fps"
-        return f"{self.framing} from frame {self.start}{rate}"
+        return f"{self.framing} from frame {self.start}{rate}{', still' * self.still}"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Sample:
     cache: Path
     """root of the store that holds its encodings"""
     companions: tuple[Companion, ...] = ()
+    image_cache: Path | None = None
+    """root of the store that holds the embeddings of its frames; None where the model takes none"""
 
     def companion(self, role: str) -> Companion | None:
         """The file of that role, if there is one."""
@@ -146,3 +150,10 @@ class Prepared:
     """every folder that may hold encodings of these datasets, those of datasets without a sample too"""
     text_write_batch_size: int = 128
     """encoded captions that may wait to be written while the next ones are encoded"""
+    extra: tuple[Sample, ...] = ()
+    """encoded beside them, for plugins: such as what validation clips start from"""
+
+    @property
+    def encoded(self) -> tuple[Sample, ...]:
+        """All that is encoded."""
+        return (*self.samples, *self.held_out, *self.extra)

@@ -85,6 +85,12 @@ def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
         sigma_range=network.spec.sigma_range,
     )
     noisy, target = flow.mix(latents, noise, sigmas)
+    forced, keep_at_least = loaded.forced, loaded.keep_at_least
+    own = session.model.forced_tokens((latents.shape[2], latents.shape[3], latents.shape[4]))
+    if own is not None:
+        # Counted on the CPU, where the masks still are: nothing waits for the device.
+        forced = own.expand(len(latents), -1) if forced is None else forced | own
+        keep_at_least = int(forced.sum(1).max())
     return Batch(
         latents=latents,
         text={name: tensor.to(device, non_blocking=True) for name, tensor in loaded.text.items()},
@@ -95,9 +101,9 @@ def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
         noise=noise,
         noisy=noisy,
         target=target,
-        keep_at_least=loaded.keep_at_least,
+        keep_at_least=keep_at_least,
         mask=None if loaded.mask is None else loaded.mask.to(device, non_blocking=True),
-        forced=None if loaded.forced is None else loaded.forced.to(device, non_blocking=True),
+        forced=None if forced is None else forced.to(device, non_blocking=True),
         regularisation=loaded.regularisation,
     )
 

@@ -78,6 +78,9 @@ class WanPlugin(Plugin[WanConfig]):
     @hookimpl
     def compute_loss(self, run: Run, model: Model, batch: Batch) -> Loss:
         """The flow-matching loss of one micro-batch."""
-        from tuner import flow
+        from dataclasses import replace
 
-        return flow.loss(run.config, model.predict(batch), batch)
+        from tuner import flow
+        from tuner_wan.conditions import loss_mask
+
+        return flow.loss(run.config, model.predict(batch), replace(batch, mask=loss_mask(model.spec, batch)))

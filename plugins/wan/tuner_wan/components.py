@@ -130,7 +130,12 @@ def tiling_settings(core: CoreConfig) -> dict[str, str]:
 
 def load_image_encoder(part: Part, processor: Path, device: torch.device) -> ImageEncoder:
     """CLIP's vision tower in float32, in evaluation mode on ``device``, and its image processor."""
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPVisionModel
+
+    try:  # by Pillow, whatever else is installed: other ways of resizing give other numbers
+        from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+    except ImportError:  # before transformers 5, the only one
+        from transformers import CLIPImageProcessor
 
     try:
         preparation = CLIPImageProcessor.from_pretrained(processor, local_files_only=True)

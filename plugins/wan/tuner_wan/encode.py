@@ -7,7 +7,7 @@ and at video sizes the device is busy with one item anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from tuner.errors import PluginError
+from tuner_wan import conditions
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
     from tuner.model import EncodeBatch, Encoded, Model
+    from tuner_wan.components import ImageEncoder
 
 TEXT_VERSION = 1
 """Bumped when the states of a caption change. Guarded by a golden test."""
@@ -42,14 +44,27 @@ class TextEncoder:
 
 
 def encode(model: Model, batch: EncodeBatch) -> Encoded:
-    """One dict per item: ``{"states": (L, D)}`` for captions, ``{"latents": (C, F', h, w)}`` for clips."""
+    """One dict per item: ``{"states": (L, D)}`` for captions, ``{"latents": (C, F', h, w)}`` for clips, with what
+    the denoiser is given of their frames (see :mod:`tuner_wan.conditions`); for images their embeddings.
+    """
     if batch.kind == "text":
         with model.use("text_encoder") as (encoder,):
             return [{"states": encode_caption(encoder, caption)} for caption in batch.captions]
     if batch.kind == "video" and batch.pixels is not None:
+        frames = [batch.frame(role) for role in model.spec.frames_taken]
         with model.use("vae") as (vae,):
-            return [{"latents": encode_clip(vae, clip)} for clip in batch.pixels]
-    raise PluginError(f"the wan plugin was asked to encode a batch of kind {batch.kind!r}", allowed="text, video")
+            return [
+                {"latents": encode_clip(vae, clip)}
+                | encode_condition(vae, model.spec.condition, clip, [each[index] for each in frames])
+                for index, clip in enumerate(batch.pixels)
+            ]
+    if batch.kind == "conditioning" and "image_encoder" in model.components:
+        frames = [batch.frame(role) for role in model.spec.conditioning_frames]
+        with model.use("image_encoder") as (images,):
+            return [{conditions.STATES: encode_pictures(images, each)} for each in zip(*frames, strict=True)]
+    raise PluginError(
+        f"the wan plugin was asked to encode a batch of kind {batch.kind!r}", allowed=sorted(model.spec.encoders)
+    )
 
 
 def encode_caption(encoder: TextEncoder, caption: str) -> Tensor:
@@ -84,6 +99,48 @@ def encode_clip(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     with _own_precision(vae.device):
         mode = vae.encode(pixels.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist.mode()
     return normalise(mode.float(), vae.config)[0].detach().cpu()
+
+
+def encode_condition(
+    vae: AutoencoderKLWan, condition: str, pixels: Tensor, frames: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """What the denoiser is given of the ``frames`` (3, 1, H, W) of a clip ``pixels`` (3, F, H, W), float32 on the CPU.
+
+    ``{"condition": (C, F', h, w)}``, or ``{"first_frame": (C, 1, h, w)}`` where the first latent frame goes in clean;
+    nothing for a model that takes no frame. Bit for bit what ``WanImageToVideoPipeline.prepare_latents`` makes.
+    """
+    if condition == conditions.CLEAN:
+        return {conditions.CLEAN_LATENT: _encode_given(vae, frames[0])}
+    if not frames:
+        return {}
+    given = conditions.given_clip(pixels, frames[0], frames[1] if len(frames) > 1 else None)
+    return {conditions.CONDITION: _encode_given(vae, given)}
+
+
+def _encode_given(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    with _own_precision(vae.device):
+        mode = vae.encode(pixels.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mean, std = _statistics(mode, vae.config)
+    # The pipeline multiplies by 1 / std, which rounds otherwise than a division by std.
+    given: Tensor = (mode - mean) * (1.0 / std)
+    return given[0].detach().cpu()
+
+
+def encode_pictures(encoder: ImageEncoder, frames: Sequence[Tensor]) -> Tensor:
+    """Embeddings (frames, tokens, width) of the ``frames`` (3, 1, H, W) of one clip, float32 on the CPU.
+
+    CLIP's last states but one, of the frames in 8 bits, as ``WanImageToVideoPipeline.encode_image`` gives them.
+    """
+    from PIL import Image
+
+    pictures = [
+        Image.fromarray(((frame[:, 0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())
+        for frame in frames
+    ]
+    inputs = encoder.processor(images=pictures, return_tensors="pt").to(encoder.model.device)
+    with _own_precision(encoder.model.device):
+        states: Tensor = encoder.model(**inputs, output_hidden_states=True).hidden_states[-2]
+    return states.detach().float().cpu().clone()
 
 
 def normalise(latents: Tensor, config: Any) -> Tensor:

@@ -54,7 +54,9 @@ def load(run: Run, own: WanConfig | None = None) -> WanModel:
     for name in {"transformer", "transformer_2"}.intersection(parts).difference(each.name for each in spec.networks):
         other = replace(spec.networks[0], name=name)
         encoders[OTHER_EXPERT] = _other_expert(other, denoiser_config(parts[name], flavour), parts[name], dtype)
-    return WanModel(spec, networks, encoders, scheduler, sampler_shift(parts, core, flavour))
+    shift = sampler_shift(parts, core, flavour)
+    global_time = own is not None and own.wan_force_2_1_time_embedding
+    return WanModel(spec, networks, encoders, scheduler, shift, global_time=global_time)
 
 
 def _other_expert(spec: NetworkSpec, config: Mapping[str, Any], part: Part, dtype: torch.dtype) -> Component:

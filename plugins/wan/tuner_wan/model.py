@@ -28,17 +28,28 @@ class WanModel(Model):
         components: Mapping[str, Component],
         scheduler_config: Mapping[str, Any],
         flow_shift: float,
+        *,
+        global_time: bool = False,
     ) -> None:
         super().__init__(spec, networks, components)
         self.scheduler_config = dict(scheduler_config)
         self.flow_shift = flow_shift
         """Shift of the sampler where a request names none."""
+        self.global_time = global_time
+        """One time per clip, also where the model has a time for each token (``wan_force_2_1_time_embedding``)."""
 
     def predict(self, batch: Batch) -> Tensor:
         """Velocity (B, C, F', h, w) of ``batch.noisy`` at ``batch.sigmas``."""
         from tuner_wan.training import predict
 
-        return predict(self.network, batch)
+        return predict(self.network, batch, self.spec, global_time=self.global_time)
+
+    def forced_tokens(self, grid: tuple[int, int, int]) -> Tensor | None:
+        """The tokens of a first frame that goes in without noise: all others look at it."""
+        from tuner_wan import conditions
+
+        clean = conditions.starts_clean(self.spec, grid[0])
+        return conditions.first_frame_tokens(self.network.spec, grid) if clean else None
 
     def sample(self, request: SampleRequest) -> Tensor:
         """Normalised latents (1, C, F', h, w) of a rendered clip, through the network's own forward, without routes."""
@@ -46,7 +57,7 @@ class WanModel(Model):
 
         shift = request.flow_shift or self.flow_shift
         with self._pair() as pair:
-            return sample(self.network, self.spec.latents, self.scheduler_config, request, flow_shift=shift, pair=pair)
+            return sample(self.network, self.spec, self.scheduler_config, request, flow_shift=shift, pair=pair)
 
     @contextmanager
     def _pair(self) -> Iterator[Pair | None]:

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from tuner.model import Network, SampleRequest
-    from tuner.spec import LatentGeometry
+    from tuner.spec import ModelSpec
 
 TRAIN_TIMES = 1000
 
 
 def sample(
     network: Network,
-    geometry: LatentGeometry,
+    spec: ModelSpec,
     scheduler_config: Mapping[str, Any],
     request: SampleRequest,
     *,
@@ -34,22 +34,12 @@ def sample(
     """Normalised latents (1, C, F', h, w), float32, of the clip that ``request`` describes.
 
     With a ``pair`` of experts both render, each on its side of the boundary; else ``network`` alone. Exactly what
-    a plain ``WanPipeline`` makes of the same weights, embeddings, scheduler and seed; the noise is drawn on the
-    CPU, so that it does not depend on the device.
+    a plain ``WanPipeline`` makes of the same weights, embeddings, scheduler and seed, or a
+    ``WanImageToVideoPipeline`` where the model takes frames; the noise is drawn on the CPU, so that it does not
+    depend on the device.
     """
-    from diffusers import WanPipeline
-
-    pipeline = WanPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        vae=None,
-        scheduler=make_scheduler(request.scheduler, scheduler_config, flow_shift),
-        **_denoisers(network, pair),
-    )
-    # Without a VAE the pipeline would assume Wan 2.1's strides.
-    pipeline.vae_scale_factor_temporal = geometry.stride_time
-    pipeline.vae_scale_factor_spatial = geometry.stride_space
-    pipeline.set_progress_bar_config(disable=True)
+    scheduler = make_scheduler(request.scheduler, scheduler_config, flow_shift)
+    pipeline, images = _pipeline(spec, request, {"scheduler": scheduler, **_denoisers(network, pair)})
     with torch.no_grad(), _resident(network, pair):
         latents: Tensor = pipeline(
             prompt_embeds=_states(request.prompt, network),
@@ -65,8 +55,28 @@ def sample(
             output_type="latent",
             return_dict=False,
             callback_on_step_end=_report(request.on_step),
+            **images,
         )[0]
     return latents
+
+
+def _pipeline(spec: ModelSpec, request: SampleRequest, parts: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A pipeline without encoders and VAE, and what its call takes beside what all take."""
+    pipeline: Any
+    images: dict[str, Any] = {}
+    if spec.frames_taken:
+        from tuner_wan.sampling_image import image_arguments, make_pipeline
+
+        pipeline, images = make_pipeline(spec, request, parts), image_arguments(request)
+    else:
+        from diffusers import WanPipeline
+
+        pipeline = WanPipeline(tokenizer=None, text_encoder=None, vae=None, **parts)
+    # Without a VAE the pipeline would assume Wan 2.1's strides.
+    pipeline.vae_scale_factor_temporal = spec.latents.stride_time
+    pipeline.vae_scale_factor_spatial = spec.latents.stride_space
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, images
 
 
 def _denoisers(network: Network, pair: Pair | None) -> dict[str, Any]:
