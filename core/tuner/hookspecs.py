@@ -30,11 +30,11 @@ PROJECT = "tuner"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-SINGLE = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss", "route_tokens"})
-"""Hooks with at most one answer."""
 REQUIRED = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss"})
 """Hooks with exactly one answer: what a model family must implement, and ``prepare_data`` and
 ``plan_epochs`` of the built-in ``datasets`` and ``epochs``."""
+SINGLE = REQUIRED | {"route_tokens"}
+"""Hooks with at most one answer."""
 
 
 class HookSpecs:

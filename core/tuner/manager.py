@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tuner.plugin import AnyPlugin
     from tuner.run import Run
 
+USUAL = {"prepare_data": "datasets", "plan_epochs": "epochs"}
+"""Who answers the required hooks that are no model family's."""
 _SPECS = {
     name: tuple(inspect.signature(spec).parameters)[1:]
     for name, spec in vars(HookSpecs).items()
@@ -55,7 +57,7 @@ class Manager(pluggy.PluginManager):
                     remedy="load one of them",
                 )
             if name in REQUIRED and not answering:
-                whose = "the built-in plugin 'datasets'" if name == "prepare_data" else "a model family that does"
+                whose = f"the built-in plugin {USUAL[name]!r}" if name in USUAL else "a model family that does"
                 raise PluginError(f"no loaded plugin implements the hook {name!r}", remedy=f"load {whose}")
 
     def answering(self, hook_name: str) -> list[str]:

@@ -18,7 +18,7 @@ from tuner.train import checkpoint, optimizers, schedules
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.data.encode import CachedData
-    from tuner.data.plan import Plan
+    from tuner.data.order import Order
     from tuner.data.samples import Prepared
     from tuner.manager import Manager
     from tuner.model import Model
@@ -34,7 +34,7 @@ class Survey:
     run: Run
     spec: ModelSpec
     prepared: Prepared
-    plan: Plan
+    plan: Order
     total: int
     """Optimizer steps of the whole run."""
 
@@ -47,7 +47,6 @@ def survey(assembly: Assembly) -> Survey:
     from tuner import flow
     from tuner.assembly import new_run
     from tuner.data import compression
-    from tuner.data.plan import check_keys, check_sizes
 
     run = new_run(assembly)
     run.process_index, _ = processes.launched()
@@ -56,15 +55,13 @@ def survey(assembly: Assembly) -> Survey:
         compression.zstandard()
     spec = describe(run, assembly.manager)
     flow.check(run.config, spec.networks)
-    check_keys(run.config)
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
     run.trained_shape = _most_frequent_shape(prepared)
     wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
     prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
-    hook.data_ready(run=run, spec=spec, data=prepared)
-    check_sizes(prepared, run.config)
-    plan = make_plan(run, prepared, 1)
+    plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=1)
+    hook.data_ready(run=run, spec=spec, data=prepared, plan=plan)
     return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan))
 
 
@@ -85,25 +82,6 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
         return None
     bucket = max(counts, key=lambda each: (counts[each], each))
     return bucket.frames, bucket.height, bucket.width
-
-
-def make_plan(run: Run, prepared: Prepared, world: int) -> Plan:
-    """The order of training, a pure function of the samples and the config."""
-    from tuner.data.plan import Plan
-
-    assert run.spec is not None  # the data were prepared for it
-    network, latents = run.spec.networks[0], run.spec.latents
-    return Plan(
-        prepared.samples,
-        prepared.datasets,
-        seed=run.config.seed,
-        batch_size=run.config.train_batch_size,
-        accumulation=run.config.gradient_accumulation_steps,
-        world=world,
-        drop_small_buckets=run.config.small_buckets == "drop",
-        batch_tokens=run.config.batch_tokens,
-        tokens=lambda each: network.tokens(*latents.shape(each.frames, each.height, each.width)[1:]),
-    )
 
 
 def attention_backend(run: Run, manager: Manager) -> AttentionBackend | None:
@@ -157,17 +135,17 @@ def run(assembly: Assembly) -> None:
         engine = Engine(found.run)
         model: Model = assembly.manager.hook.load_model(run=found.run)
         edits = transforms.collect(found.run, model, assembly.manager)
-        cached = _encode(assembly, found, model)
+        cached, plan = _encode(assembly, found, model)
         for network in model.networks.values():
             transforms.prepare(found.run, network, edits)
             if len(model.networks) > 1:
                 turns.leave(network)  # to the host, until its turn comes
-        saved = _train(assembly, found, engine, model, cached, resume)
+        saved = _train(assembly, found, engine, model, cached, plan, resume)
     output.show_result(found, saved)
 
 
-def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = False) -> CachedData:
-    """Fill the cache and let the plugins read the captions they asked for."""
+def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = False) -> tuple[CachedData, Order]:
+    """Fill the cache and let the plugins read what they asked for; the plan without what could not be encoded."""
     from tuner.data.encode import build_cache
 
     hook = assembly.manager.hook
@@ -177,8 +155,11 @@ def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = F
     found.run.text_cache, found.run.cached = cached.text, cached
     if cached.prepared is not found.prepared:
         with processes.together():
-            hook.data_ready(run=found.run, spec=found.spec, data=cached.prepared)
-    return cached
+            facts = {"run": found.run, "spec": found.spec, "data": cached.prepared}
+            plan = hook.plan_epochs(**facts, processes=found.run.process_count)
+            hook.data_ready(**facts, plan=plan)
+        return cached, plan
+    return cached, found.plan
 
 
 def extra_captions(assembly: Assembly, run: Run) -> list[str]:
@@ -192,6 +173,7 @@ def _train(
     engine: Engine,
     model: Model,
     cached: CachedData,
+    plan: Order,
     resume: tuple[Path, dict[str, object], list[str]] | None,
 ) -> Path:
     """Take back a checkpoint, if there is one, and train to the end."""
@@ -200,7 +182,6 @@ def _train(
     from tuner.train.session import Session
 
     run = found.run
-    plan = found.plan if cached.prepared is found.prepared else make_plan(run, cached.prepared, run.process_count)
     plan.check_until(found.total)  # clips that could not be encoded may have been a dataset's last
     loader = Loader(
         cached,

@@ -11,10 +11,10 @@ import av
 import numpy as np
 import pytest
 
+from tuner.builtin.data_report.table import lines
 from tuner.builtin.datasets.prepare import prepare
 from tuner.builtin.datasets.reading import read_datasets
 from tuner.config.keys import CoreConfig
-from tuner.builtin.data_report.table import lines
 from tuner.data.samples import Bucket
 from tuner.data.source import Listing, Request
 from tuner.errors import ConfigError, ConfigErrors, DataError, TunerError

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.data.plan import Plan
+from tuner.builtin.epochs.plan import Plan
 from tuner.data.samples import Bucket, Dataset, Framing, Sample, Schedule, View
 
 

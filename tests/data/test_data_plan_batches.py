@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.builtin.epochs.plan import Plan, check_keys, check_sizes
 from tuner.config.keys import CoreConfig
-from tuner.data.plan import MicroBatch, Plan, check_keys, check_sizes
+from tuner.data.order import MicroBatch
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Dataset, Framing, Prepared, Sample, Schedule, View
 from tuner.errors import ConfigError, DataError

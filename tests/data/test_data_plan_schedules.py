@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.builtin.epochs.plan import Plan
+from tuner.builtin.epochs.timeline import Span
 from tuner.config.keys import CoreConfig
-from tuner.data.epochs import Span
-from tuner.data.plan import Plan
 from tuner.data.samples import Bucket, Dataset, Framing, Sample, Schedule, View
 from tuner.errors import DataError
 from tuner.train import schedules

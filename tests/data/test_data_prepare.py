@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tuner.builtin.data_report.table import lines, show_report
 from tuner.builtin.datasets.prepare import prepare
 from tuner.config.keys import CoreConfig
-from tuner.builtin.data_report.table import lines, show_report
 from tuner.data.samples import Bucket
 from tuner.errors import DataError
 from tuner.spec import ModelSpec

@@ -14,8 +14,10 @@ import pytest
 
 from tuner.builtin.data_report.page import NAME, write_page
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.epochs.plan import Plan
 from tuner.builtin.sampling.trained_sizes import untrained
 from tuner.config.keys import CoreConfig
+from tuner.data.buckets import bucket_size
 from tuner.data.samples import Prepared
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
@@ -31,7 +33,7 @@ SPEC = ModelSpec(
     fps=16.0,
     adapter_targets=(),
 )
-MakeData = Callable[..., tuple[Run, Prepared]]
+MakeData = Callable[..., tuple[Run, Prepared, Plan]]
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(folder: Path, tmp_path: Path) -> MakeData:
-    def made(**core: Any) -> tuple[Run, Prepared]:
+    def made(**core: Any) -> tuple[Run, Prepared, Plan]:
         video = {
             "id": "clips",
             "dataset_type": "video",
@@ -66,7 +68,8 @@ def make(folder: Path, tmp_path: Path) -> MakeData:
         config = CoreConfig(data_backend_config=[video, text], **(keys | core))
         run = Run(config, {}, frozenset(core))
         run.spec = SPEC
-        return run, prepare(config, SPEC, show_progress=False)
+        data = prepare(config, SPEC, show_progress=False)
+        return run, data, Plan(data.samples, data.datasets, seed=0, batch_size=1)
 
     return made
 
@@ -96,8 +99,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_shows_every_bucket_with_a_picture_and_everything_left_out(make: MakeData) -> None:
-    run, data = make()
-    page = Page(write_page(run, data).read_text(encoding="utf-8"))
+    run, data, plan = make()
+    page = Page(write_page(run, data, plan).read_text(encoding="utf-8"))
     assert not page.open
     assert page.tags.count("img") == 2
     assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses), (
@@ -109,7 +112,7 @@ def test_the_page_shows_every_bucket_with_a_picture_and_everything_left_out(make
         "80x48, 9 frames",
         "48x80, 9 frames",
         "alert('wide')",
-        "tall & <b>bold</b>.mp4",
+        "tall & <b>.mp4",
         "short.mp4",
         "broken.mp4",
     ):
@@ -118,8 +121,8 @@ def test_the_page_shows_every_bucket_with_a_picture_and_everything_left_out(make
 
 
 def test_it_is_written_once_for_the_same_data_and_anew_for_other_data(make: MakeData, folder: Path) -> None:
-    run, data = make()
-    path = write_page(run, data)
+    run, data, plan = make()
+    path = write_page(run, data, plan)
     os.utime(path, (1, 1))
     assert write_page(*make()).stat().st_mtime == 1
     (folder / "wide.txt").write_text("other words", encoding="utf-8")
@@ -129,9 +132,9 @@ def test_it_is_written_once_for_the_same_data_and_anew_for_other_data(make: Make
 
 
 def test_a_picture_that_cannot_be_drawn_is_said(make: MakeData, folder: Path) -> None:
-    run, data = make()
+    run, data, plan = make()
     (folder / "wide.mp4").write_bytes(b"gone")
-    page = Page(write_page(run, data).read_text(encoding="utf-8"))
+    page = Page(write_page(run, data, plan).read_text(encoding="utf-8"))
     assert page.tags.count("img") == 1
     assert "no picture: a clip cannot be decoded" in page.text
 
@@ -141,14 +144,14 @@ def test_a_picture_that_cannot_be_drawn_is_said(make: MakeData, folder: Path) ->
 
 def test_nothing_is_moved_without_the_key(make: MakeData, folder: Path) -> None:
     before = sorted(folder.rglob("*"))
-    _, data = make(delete_problematic_images=True)
+    _, data, _ = make(delete_problematic_images=True)
     assert sorted(folder.rglob("*")) == before
     assert any("nothing is ever deleted" in note for note in data.report.datasets[0].notes)
 
 
 def test_broken_files_are_moved_with_their_words_and_only_they(make: MakeData, folder: Path, tmp_path: Path) -> None:
     content = (folder / "sub" / "broken.mp4").read_bytes()
-    _, data = make(quarantine_problematic_files=True)
+    _, data, _ = make(quarantine_problematic_files=True)
     quarantine = tmp_path / "cache" / "vae" / "clips" / "quarantine"
     assert (quarantine / "sub" / "broken.mp4").read_bytes() == content
     assert (quarantine / "sub" / "broken.txt").read_text(encoding="utf-8") == "words"
@@ -178,12 +181,13 @@ def test_a_caption_that_another_file_shares_stays(make: MakeData, folder: Path) 
 
 
 def test_a_size_that_is_not_trained_is_said_with_what_would_train_it(make: MakeData) -> None:
-    run, data = make(validation_resolution="80x48")
+    run, data, _ = make(validation_resolution="80x48")
     assert untrained(run, SPEC, data) is None
-    run, data = make(validation_resolution="160x96")
+    run, data, _ = make(validation_resolution="160x96")
     said = untrained(run, SPEC, data) or ""
     assert "renders at 160x96" in said
     assert "80x48" in said
     found = re.search(r"resolution ([\d.]+) \(pixel_area\)", said)
     assert found
-    run, data = make(validation_resolution="160x96", resolution=float(found[1]))
+    size = bucket_size(160, 96, resolution=float(found[1]), unit="pixel_area", multiple=16, rounding=2)
+    assert size == (160, 96)

@@ -30,6 +30,10 @@ class Family(Plugin[PluginConfig]):
         return "prepared"
 
     @tuner.hookimpl
+    def plan_epochs(self, run: Any, spec: Any, data: Any, processes: Any) -> str:
+        return "planned"
+
+    @tuner.hookimpl
     def load_model(self, run: Any) -> str:
         return "loaded"
 

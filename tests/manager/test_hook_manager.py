@@ -168,5 +168,6 @@ def test_hooks_of_lists_what_a_class_implements(make_catalog: MakeCatalog) -> No
         "describe_model",
         "encode_batch",
         "load_model",
+        "plan_epochs",
         "prepare_data",
     ]

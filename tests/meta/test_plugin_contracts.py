@@ -30,6 +30,10 @@ class TestDataReport(PluginContract):
     plugin = "data_report"
 
 
+class TestEpochs(PluginContract):
+    plugin = "epochs"
+
+
 class TestDatasets(PluginContract):
     plugin = "datasets"
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from tuner.builtin.epochs.plan import Plan
 from tuner.config.keys import CoreConfig
-from tuner.data.plan import Plan
 from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.errors import ConfigError
 from tuner.model import ParameterGroup

@@ -3,6 +3,7 @@
 BUILTINS = {
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
+    "epochs": "tuner.builtin.epochs:EpochsPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from tuner import rng
 from tuner.data.encode import EMPTY_CAPTION, CachedData
 from tuner.data.masks import Mask
-from tuner.data.plan import MicroBatch, Plan
+from tuner.data.order import MicroBatch, Order
 from tuner.data.samples import Dataset, Sample
 
 PURPOSE = "caption_dropout"
@@ -49,7 +49,7 @@ class Loader:
     def __init__(
         self,
         cached: CachedData,
-        plan: Plan,
+        plan: Order,
         *,
         rank: int = 0,
         world: int = 1,

@@ -38,7 +38,7 @@ def opened(
     run.place(engine.device, engine.dtype, rank, world)
     for network in model.networks.values():
         transforms.prepare(run, network, edits)
-    plan = pipeline.make_plan(run, cached.prepared, world)
+    plan = hook.plan_epochs(run=run, spec=found.spec, data=cached.prepared, processes=world)
     dropout = run.config.caption_dropout_probability
     loader = Loader(cached, plan, rank=rank, world=world, seed=run.config.seed, caption_dropout=dropout)
     try:

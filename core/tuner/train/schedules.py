@@ -9,7 +9,7 @@ from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
-    from tuner.data.plan import Plan
+    from tuner.data.order import Order
 
 
 def warmup_steps(core: CoreConfig, total: int) -> int:
@@ -36,7 +36,7 @@ def learning_rate(core: CoreConfig, step: int, total: int) -> float:
     return core.learning_rate
 
 
-def total_steps(core: CoreConfig, plan: Plan) -> int:
+def total_steps(core: CoreConfig, plan: Order) -> int:
     """Optimizer steps of the whole run, from ``max_train_steps`` and ``num_train_epochs``.
 
     With both given the shorter ends the run, unless ``ignore_final_epochs``. Raises ConfigError with neither,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tuner.data.loader import Loader
-    from tuner.data.plan import Plan
+    from tuner.data.order import Order
     from tuner.manager import Manager
     from tuner.run import Run
 
@@ -33,7 +33,7 @@ class Session:
     manager: Manager
     model: Model
     engine: Engine
-    plan: Plan
+    plan: Order
     loader: Loader
     total: int
     """Optimizer steps of the whole run."""

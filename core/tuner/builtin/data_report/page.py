@@ -16,6 +16,7 @@ from tuner.errors import TunerError
 from tuner.files import atomic_write_text
 
 if TYPE_CHECKING:
+    from tuner.data.order import Order
     from tuner.data.samples import Bucket, Prepared, Sample
     from tuner.run import Run
 
@@ -42,15 +43,16 @@ li, td { overflow-wrap: anywhere; }
 """
 
 
-def write_page(run: Run, data: Prepared) -> Path:
+def write_page(run: Run, data: Prepared, plan: Order) -> Path:
     """Write the page into the output folder, unless it stands there for the same data already."""
     path = run.output_dir / NAME
-    facts = [*_numbers(run, data), *(str(each) for each in _identity(data))]
+    numbers = [*_numbers(data), *_length(run, plan)]
+    facts = [*numbers, *(str(each) for each in _identity(data))]
     mark = f"<!-- data: {hashlib.sha256(repr([VERSION, facts]).encode()).hexdigest()} -->"
     if path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace"):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(path, _page(run, data, mark))
+    atomic_write_text(path, _page(run.output_dir.name, numbers, data, mark))
     return path
 
 
@@ -61,9 +63,9 @@ def _identity(data: Prepared) -> list[object]:
     return [data.report, *shown]
 
 
-def _page(run: Run, data: Prepared, mark: str) -> str:
-    numbers = "".join(f"<div><b>{escape(value)}</b>{escape(name)}</div>" for name, value in _numbers(run, data))
-    title = f"Data of {escape(run.output_dir.name)}"
+def _page(name: str, numbers: Sequence[tuple[str, str]], data: Prepared, mark: str) -> str:
+    boxes = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for what, value in numbers)
+    title = f"Data of {escape(name)}"
     return "\n".join(
         [
             "<!doctype html>",
@@ -72,7 +74,7 @@ def _page(run: Run, data: Prepared, mark: str) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{title}</title><style>{STYLE}</style></head><body>",
             f"<h1>{title}</h1>",
-            f'<div class="numbers">{numbers}</div>',
+            f'<div class="numbers">{boxes}</div>',
             "<h2>Datasets</h2>",
             f'<div class="wide">{_datasets(data.report.datasets)}</div>',
             _notes(data),
@@ -87,22 +89,20 @@ def _page(run: Run, data: Prepared, mark: str) -> str:
     )
 
 
-def _numbers(run: Run, data: Prepared) -> list[tuple[str, str]]:
-    """What stands on top: samples, buckets, length of the run."""
+def _numbers(data: Prepared) -> list[tuple[str, str]]:
+    """What stands on top: samples and buckets."""
     buckets = {sample.bucket for sample in data.samples}
     numbers = [("samples", str(len(data.samples))), ("buckets", str(len(buckets)))]
     if data.held_out:
         numbers.append(("held out", str(len(data.held_out))))
-    return numbers + _length(run, data)
+    return numbers
 
 
-def _length(run: Run, data: Prepared) -> list[tuple[str, str]]:
-    """Steps and epochs; nothing where the plan is refused, which the run then says itself."""
-    from tuner.pipeline import make_plan
+def _length(run: Run, plan: Order) -> list[tuple[str, str]]:
+    """Steps and epochs; nothing where the length is refused, which the run then says itself."""
     from tuner.train.schedules import total_steps
 
     try:
-        plan = make_plan(run, data, 1)
         total = total_steps(run.config, plan)
     except TunerError:
         return []

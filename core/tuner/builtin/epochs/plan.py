@@ -1,10 +1,10 @@
 """The order of training: a pure function of (seed, epoch, position). Resuming at a step is arithmetic.
 
-In each epoch the turns of each bucket (see ``tuner.data.epochs``) are shuffled and cut into micro-batches; a
-last one that is not full is filled by turns of the same bucket from the start of its order. The micro-batches
-of all buckets are shuffled; each optimizer step takes world x accumulation of them, and the last step of an
-epoch is filled by micro-batches from the start of the epoch. So every step is full, a tiny dataset trains too,
-and nothing is left out but what ``small_buckets`` says. What is repeated is said in ``notes``.
+In each epoch the turns of each bucket (see ``timeline``) are shuffled and cut into micro-batches; a last one that
+is not full is filled by turns of the same bucket from the start of its order. The micro-batches of all buckets are
+shuffled; each optimizer step takes world x accumulation of them, and the last step of an epoch is filled by
+micro-batches from the start of the epoch. So every step is full, a tiny dataset trains too, and nothing is left out
+but what ``small_buckets`` says. What is repeated is said in ``notes``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
 from tuner import rng
-from tuner.data.epochs import Batching, Rotation, Span, Timeline, Turn
+from tuner.builtin.epochs.timeline import Batching, Rotation, Span, Timeline, Turn
+from tuner.data.order import MicroBatch
 from tuner.data.samples import Bucket, Dataset, Prepared, Sample
 from tuner.errors import ConfigError, DataError
 
@@ -27,24 +27,6 @@ if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one bucket that go through the network together."""
-
-    samples: tuple[Sample, ...]
-    captions: tuple[str, ...]
-    """the caption of each sample in this epoch"""
-    positions: tuple[int, ...]
-    """position of each sample in the global batch of its optimizer step"""
-    views: tuple[int, ...]
-    """which of its views each sample is shown in"""
-
-    @property
-    def bucket(self) -> Bucket:
-        """The shape that all its samples share."""
-        return self.samples[0].bucket
 
 
 class Plan:
