@@ -31,7 +31,7 @@ def probe_folder(folder: Path, index: Path, *, processes: int = 0, **wanted: boo
 
 
 def write_worker(folder: Path, code: str) -> Path:
-    """A module ``own_probe`` for the probing processes: ``code`` runs before each file; its names go to a log."""
+    """A script ``own_probe.py`` for the probing processes: ``code`` runs before each file; its names go to a log."""
     log = folder / "probed names.log"
     indented = "".join(f"    {line}\n" for line in code.splitlines())
     (folder / "own_probe.py").write_text(
@@ -49,8 +49,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 
     def write(code: str) -> Callable[[], list[str]]:
         log = write_worker(tmp_path, code)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(probe_pool, "WORKER", "own_probe")
+        monkeypatch.setattr(probe_pool, "WORKER", str(tmp_path / "own_probe.py"))
         return lambda: log.read_text().splitlines() if log.exists() else []
 
     return write
@@ -119,7 +118,7 @@ def test_a_file_on_which_the_decoder_crashes_is_named_and_the_rest_is_kept(
 def test_processes_that_do_not_start_are_an_error_and_no_reason_against_files(
     clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe_pool, "WORKER", "tuner.no_such_module")
+    monkeypatch.setattr(probe_pool, "WORKER", str(tmp_path / "nowhere.py"))
     with pytest.raises(DataError, match="does not start"):
         probe_folder(clips, tmp_path)
     monkeypatch.undo()
@@ -141,7 +140,7 @@ def test_two_runs_at_once_probe_each_file_once(clips: Path, tmp_path: Path) -> N
     log = write_worker(tmp_path, "time.sleep(0.2)")
     (tmp_path / "run.py").write_text(
         "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool\n"
-        "probe_pool.WORKER = 'own_probe'\n"
+        f"probe_pool.WORKER = {str(tmp_path / 'own_probe.py')!r}\n"
         f"listing = probe.local_listing(Path({str(folder)!r}), probe.VIDEO_SUFFIXES)\n"
         f"print(probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False))\n"
     )
@@ -159,7 +158,7 @@ def test_an_interrupted_run_keeps_what_it_probed_and_leaves_no_process(clips: Pa
     log = write_worker(tmp_path, f"open({str(tmp_path / 'ids')!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(0.3)")
     (tmp_path / "run.py").write_text(
         "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool\n"
-        "probe_pool.WORKER = 'own_probe'\n"
+        f"probe_pool.WORKER = {str(tmp_path / 'own_probe.py')!r}\n"
         f"listing = probe.local_listing(Path({str(clips)!r}), probe.VIDEO_SUFFIXES)\n"
         f"probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False)\n"
     )

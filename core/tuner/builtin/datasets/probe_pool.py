@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
+from tuner.data import probe_file
 from tuner.data.probe_file import VideoFacts
 from tuner.data.source import Found
 from tuner.errors import DataError
 
-WORKER = "tuner.data.probe_file"
-"""The module that each process runs."""
+WORKER = probe_file.__file__
+"""The script that each process runs: by its path, so that nothing around it is imported."""
 CRASHED = "the decoder crashed on it"
 FILES_EACH = 8
 """New files that are worth another process: starting one takes a fifth of a second."""
@@ -88,7 +89,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", WORKER],
+            [sys.executable, "-P", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
