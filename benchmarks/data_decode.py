@@ -19,7 +19,7 @@ import av
 from rich.console import Console
 from rich.table import Table
 
-from tuner.data.decode import SWSCALE, decode_file
+from tuner.builtin.datasets.decode import SWSCALE, decode_file
 from tuner.data.samples import Bucket, Framing, View
 from tuner.testing.clips import Encoding, render_clip
 

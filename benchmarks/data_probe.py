@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner.builtin.datasets.probe import VIDEO_SUFFIXES, local_listing, probe
+from tuner.builtin.datasets.probe_file import VideoFacts, probe_file
 from tuner.builtin.datasets.probe_index import open_index
-from tuner.data.probe_file import VideoFacts, probe_file
 from tuner.testing.clips import render_clip
 
 FOLDERS = 100

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from tuner.builtin.datasets.decode import decode
 from tuner.builtin.datasets.prepare import Prepared, prepare
 from tuner.config.keys import CoreConfig
 from tuner.data import encode
-from tuner.data.decode import decode
 from tuner.data.encode import CachedData, build_cache, video_key
 from tuner.data.fingerprint import fingerprint
 from tuner.data.store import Store

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuner.data.decode import _at_rate, decode_file
-from tuner.data.pictures import Unreadable
+from tuner.builtin.datasets.decode import _at_rate, decode_file
+from tuner.builtin.datasets.pictures import Unreadable
+from tuner.builtin.datasets.seek import WORTHWHILE, frames_from, locate
 from tuner.data.samples import Bucket, Framing, View
-from tuner.data.seek import WORTHWHILE, frames_from, locate
 from tuner.errors import DataError
 from tuner.testing.clips import Encoding, render_clip, render_picture, turn_clip
 
@@ -205,7 +205,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "rgb24", "bgra", "gray", "nv12"])
 def test_planes_of_colours_hold_what_rgb24_holds(pixels: str) -> None:
     """What is decoded is taken from planes because that is fast; it must be what everyone calls the picture."""
-    from tuner.data.decode import SWSCALE, Scaler
+    from tuner.builtin.datasets.decode import SWSCALE, Scaler
 
     noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
     frame = av.VideoFrame.from_ndarray(noise, "rgb24").reformat(format=pixels)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from tuner.data.decode import decode_file
+from tuner.builtin.datasets.decode import decode_file
 from tuner.data.samples import Bucket, Framing, View
 from tuner.errors import DataError
 from tuner.testing.clips import render_picture

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tuner.builtin.datasets.decode import decode
 from tuner.builtin.datasets.prepare import prepare as prepare_data
 from tuner.config.keys import CoreConfig
-from tuner.data.decode import decode
 from tuner.data.samples import Prepared, View
 from tuner.errors import ConfigError, DataError
 from tuner.spec import ModelSpec

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuner.builtin.datasets.decode import decode_file
 from tuner.builtin.epochs.plan import Plan, check_keys, check_sizes
 from tuner.config.keys import CoreConfig
 from tuner.data.order import MicroBatch
@@ -174,6 +175,7 @@ def prepared(counts: dict[str, int], held_out: int = 0, **repeats: int) -> Prepa
         datasets={name: Dataset(name, Schedule(repeats=repeats.get(name, 0))) for name in [*counts, "held"]},
         text_cache=Path("text"),
         report=DataReport(()),
+        decode=decode_file,
         held_out=tuple(sample(f"held/{index}", LONG, "held") for index in range(held_out)),
     )
 

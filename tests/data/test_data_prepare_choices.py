@@ -16,8 +16,8 @@ from PIL import Image
 from tuner.builtin.data_report.table import lines
 from tuner.builtin.datasets.judge import Kept
 from tuner.builtin.datasets.prepare import chosen, prepare
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.config.keys import CoreConfig
-from tuner.data.probe_file import VideoFacts
 from tuner.data.samples import Prepared, Schedule
 from tuner.data.source import Listing, Request
 from tuner.errors import DataError

@@ -35,7 +35,7 @@ def write_worker(folder: Path, code: str) -> Path:
     log = folder / "probed names.log"
     indented = "".join(f"    {line}\n" for line in code.splitlines())
     (folder / "own_probe.py").write_text(
-        "import os, signal, time\nfrom tuner.data import probe_file as module\noriginal = module.probe_file\n"
+        "import os, signal, time\nfrom tuner.builtin.datasets import probe_file as module\noriginal = module.probe_file\n"
         f"def probe_file(path):\n    open({str(log)!r}, 'a').write(path.name + '\\n')\n{indented}"
         "    return original(path)\n"
         "module.probe_file = probe_file\nmodule.serve()\n"
@@ -222,6 +222,6 @@ def test_an_index_of_another_version_is_filled_afresh(clips: Path, tmp_path: Pat
 
 def test_probing_processes_import_nothing_heavy() -> None:
     heavy = ("torch", "diffusers", "numpy", "pydantic", "rich")
-    code = f"import sys, tuner.data.probe_file; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, tuner.builtin.datasets.probe_file; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tuner.builtin.datasets.entries import EvalDataset, ImageDataset, Trained, VideoDataset
 from tuner.builtin.datasets.judge import judge
 from tuner.builtin.datasets.probe import Probed
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.views import Window, drawn, windows
-from tuner.data.probe_file import VideoFacts
 from tuner.data.samples import Bucket, View
 from tuner.spec import LatentGeometry, ModelSpec
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tuner.data.decode import decode
-from tuner.data.samples import Sample, View
+from tuner.data.samples import Decode, Sample, View
 from tuner.errors import DataError
 
 
@@ -22,26 +21,30 @@ class Clip:
     """role -> (3, 1, H, W), of those frames that a file was given for"""
 
 
-def read_clip(sample: Sample, view: View, roles: Iterable[str] = ()) -> Clip:
+def read_clip(decode: Decode, sample: Sample, view: View, roles: Iterable[str] = ()) -> Clip:
     """Decode one view, and the sample's own files of these ``roles`` with the same framing.
 
     Raises DataError for a file that cannot be decoded or ends too early.
     """
     length = sample.bucket.frames
-    pixels = first_frame(sample, view).expand(-1, length, -1, -1) if view.still else decode(sample, view)
-    return Clip(pixels, {role: _given(sample, view, role) for role in roles if sample.companion(role) is not None})
+    if view.still:
+        pixels = first_frame(decode, sample, view).expand(-1, length, -1, -1)
+    else:
+        pixels = decode(sample.path, view, sample.bucket)
+    given = {role: _given(decode, sample, view, role) for role in roles if sample.companion(role) is not None}
+    return Clip(pixels, given)
 
 
-def first_frame(sample: Sample, view: View) -> Tensor:
+def first_frame(decode: Decode, sample: Sample, view: View) -> Tensor:
     """(3, 1, H, W): the frame that the view starts from."""
-    return decode(replace(sample, bucket=replace(sample.bucket, frames=1)), replace(view, fps=None))
+    return decode(sample.path, replace(view, fps=None), replace(sample.bucket, frames=1))
 
 
-def _given(sample: Sample, view: View, role: str) -> Tensor:
+def _given(decode: Decode, sample: Sample, view: View, role: str) -> Tensor:
     file = sample.companion(role)
     assert file is not None
     try:
-        return first_frame(replace(sample, path=file.path), View(view.framing))
+        return first_frame(decode, replace(sample, path=file.path), View(view.framing))
     except DataError as error:
         named = role.replace("_", " ")
         raise DataError(f"its {named} {file.path.name}: {error.what}", where=file.path) from error

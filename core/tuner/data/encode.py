@@ -179,7 +179,7 @@ def build_cache(
     it promised; FailedElsewhere when one of these happened in another process.
     """
     tally, failures = Tally(), dict[str, str]()
-    encoder = Encoder(run, model, hooks, tally, show=show_progress and run.is_main, verify=verify)
+    encoder = Encoder(run, model, hooks, prepared.decode, tally, show=show_progress and run.is_main, verify=verify)
     samples = prepared.encoded
     with processes.together(), torch.no_grad():
         keys = entry_keys(model, prepared, extra_captions)

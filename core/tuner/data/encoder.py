@@ -19,7 +19,7 @@ from torch import Tensor
 from tuner import processes
 from tuner.data.clips import Clip, read_clip
 from tuner.data.progress import progress
-from tuner.data.samples import Bucket, Sample, View
+from tuner.data.samples import Bucket, Decode, Sample, View
 from tuner.data.store import Store
 from tuner.data.writing import Writer
 from tuner.errors import DataError, ModelError
@@ -55,9 +55,17 @@ class Encoder:
     """Encodes what is missing of one kind after the other."""
 
     def __init__(
-        self, run: Run, model: Model, hooks: EncodeHooks, tally: Tally, *, show: bool = True, verify: bool = False
+        self,
+        run: Run,
+        model: Model,
+        hooks: EncodeHooks,
+        decode: Decode,
+        tally: Tally,
+        *,
+        show: bool = True,
+        verify: bool = False,
     ) -> None:
-        self.run, self.model, self.hooks, self.tally = run, model, hooks, tally
+        self.run, self.model, self.hooks, self.decode, self.tally = run, model, hooks, decode, tally
         self.show, self.verify = show, verify
         self._writer = Writer(1)
 
@@ -116,7 +124,7 @@ class Encoder:
         batches = [batch for jobs in alike.values() for batch in _chunks(jobs, size)]
         failures: dict[str, str] = {}
         if batches:
-            self._encode_batches(kind, batches, partial(_read_all, roles), failures)
+            self._encode_batches(kind, batches, partial(_read_all, self.decode, roles), failures)
         return _spread(failures, wanted)
 
     def _encode_batches(
@@ -236,12 +244,12 @@ def _needed(sample: Sample, kind: EncodeKind, roles: Sequence[str]) -> Sample:
     return replace(sample, bucket=replace(sample.bucket, frames=1))
 
 
-def _read_all(roles: Sequence[str], batch: Sequence[ClipJob]) -> list[Clip | str]:
+def _read_all(decode: Decode, roles: Sequence[str], batch: Sequence[ClipJob]) -> list[Clip | str]:
     """Each clip, or the reason why there is none."""
     decoded: list[Clip | str] = []
     for (sample, view), _, _ in batch:
         try:
-            decoded.append(read_clip(sample, view, roles))
+            decoded.append(read_clip(decode, sample, view, roles))
         except DataError as error:
             decoded.append(error.what)
     return decoded

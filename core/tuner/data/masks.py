@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner import processes
-from tuner.data.decode import decode_file
 from tuner.data.encoder import Encoder
 from tuner.data.progress import progress
-from tuner.data.samples import Companion, Sample, View
+from tuner.data.samples import Companion, Decode, Sample, View
 from tuner.data.store import Store, make_key
 from tuner.data.writing import Writer
 from tuner.errors import DataError
@@ -86,7 +85,7 @@ def encode_masks(encoder: Encoder, samples: Sequence[Sample], keys: Mapping[tupl
             for (sample, view), key, store in missing:
                 processes.stop_if_one_failed()
                 try:
-                    mask = encode_mask(sample, view, encoder.model.spec)
+                    mask = encode_mask(encoder.decode, sample, view, encoder.model.spec)
                 except DataError as error:
                     reasons[key] = error.what
                     run.log.warning("left out: %s: %s", sample.path, error.what)
@@ -98,12 +97,12 @@ def encode_masks(encoder: Encoder, samples: Sequence[Sample], keys: Mapping[tupl
     return {name: reasons[key] for (name, _), key in keys.items() if key in reasons}
 
 
-def encode_mask(sample: Sample, view: View, spec: ModelSpec) -> Mask:
+def encode_mask(decode: Decode, sample: Sample, view: View, spec: ModelSpec) -> Mask:
     """The mask of one view. Raises DataError when it cannot be decoded, or is black everywhere."""
     file = mask_of(sample)
     assert file is not None
     try:
-        pixels = decode_file(file.path, view, sample.bucket)
+        pixels = decode(file.path, view, sample.bucket)
     except DataError as error:
         raise DataError(f"its mask {file.path.name}: {error.what}", where=file.path) from error
     weights = to_latents(brightness(pixels, file.role), spec.latents)

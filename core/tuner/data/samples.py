@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tuner.data.report import DataReport
 
 
@@ -103,6 +105,16 @@ class Sample:
         return next((each for each in self.companions if each.role == role), None)
 
 
+class Decode(Protocol):
+    """From a file to pixels. Called from several threads."""
+
+    def __call__(self, path: Path, view: View, bucket: Bucket) -> Tensor:
+        """(3, F, H, W) float32 in [-1, 1], F, H and W as ``bucket`` says; a picture is repeated F times.
+
+        Raises DataError naming the file when it cannot be decoded or ends too early.
+        """
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How often, and when, the samples of a dataset are shown."""
@@ -144,6 +156,8 @@ class Prepared:
     text_cache: Path
     """root of the store of encoded captions"""
     report: DataReport
+    decode: Decode
+    """reads the files of the samples and of their companions"""
     held_out: tuple[Sample, ...] = ()
     """never trained on: for the loss on clips the model has not seen"""
     caches: tuple[Path, ...] = field(default=())

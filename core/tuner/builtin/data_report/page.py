@@ -136,7 +136,7 @@ def _cards(data: Prepared) -> str:
     for sample in (*data.samples, *data.held_out):
         members[sample.bucket].append(sample)
     buckets = sorted(members.items(), key=lambda each: (-len(each[1]), each[0]))
-    pictures = thumbnails(buckets)
+    pictures = thumbnails(data.decode, buckets)
     return "".join(_card(bucket, samples, pictures.get(bucket)) for bucket, samples in buckets)
 
 

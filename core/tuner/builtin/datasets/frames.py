@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from tuner.builtin.datasets.entries import Clips, EvalDataset, Trained, VideoFrames
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.data.buckets import bucket_frames
-from tuner.data.probe_file import VideoFacts
 from tuner.spec import ModelSpec
 
 MARGIN = 0.05

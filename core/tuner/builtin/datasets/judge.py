@@ -9,8 +9,8 @@ from pathlib import Path
 from tuner.builtin.datasets import frames, sizes
 from tuner.builtin.datasets.entries import Clips, Trained
 from tuner.builtin.datasets.probe import Probed
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.config import faults
-from tuner.data.probe_file import VideoFacts
 from tuner.data.report import Dropped
 from tuner.errors import ConfigError
 from tuner.spec import ModelSpec

@@ -10,16 +10,15 @@ from pathlib import Path, PurePath
 from tuner.builtin.datasets.entries import ConditioningDataset, Trained
 from tuner.builtin.datasets.judge import Kept
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.reading import Datasets
 from tuner.builtin.datasets.views import Window
-from tuner.data.probe_file import VideoFacts
 from tuner.data.samples import Companion
 from tuner.errors import DataError
 from tuner.spec import ModelSpec
 
 MASKS = ("mask", "segmentation")
 """Roles of files that lie over the whole clip."""
-FRAMES = ("first_frame", "last_frame")
 INDEXES = "conditioning"
 """Folder inside a dataset's cache that holds the indexes of its probed companions."""
 TOLERANCE = 0.01
@@ -30,9 +29,8 @@ NAMED = 10
 
 def conditioning_of(dataset: Trained, datasets: Datasets, spec: ModelSpec) -> list[ConditioningDataset]:
     """The conditioning entries that ``dataset`` names and the model has a use for; masks always are of use."""
-    takes_images = "conditioning" in spec.encoders
     named = [entry for entry in datasets.conditioning if entry.id in dataset.conditioning_ids]
-    return [entry for entry in named if takes_images or entry.conditioning_type in MASKS]
+    return [entry for entry in named if entry.conditioning_type in (*MASKS, *spec.frames_taken)]
 
 
 def companions(
@@ -95,14 +93,24 @@ def _fault(
         return f"{companion.name} cannot be decoded ({companion.reason})"
     if entry.conditioning_type in MASKS:
         fault = _mismatch(kept.facts, companion.facts, windows)
-        return f"{companion.name} {fault}" if fault else None
+    elif not companion.facts.still:
+        fault = "is a clip, and one frame is a picture"
+    else:
+        fault = _other_aspect(kept.facts, companion.facts)
+    return f"{companion.name} {fault}" if fault else None
+
+
+def _other_aspect(source: VideoFacts, companion: VideoFacts) -> str | None:
+    """Why a picture cannot be framed as its source is."""
+    if abs(companion.width * source.height / (companion.height * source.width) - 1) > TOLERANCE:
+        return f"is {companion.width}x{companion.height}, and the file itself is {source.width}x{source.height}"
     return None
 
 
 def _mismatch(source: VideoFacts, mask: VideoFacts, windows: Sequence[Window]) -> str | None:
     """Why a mask does not lie over its source."""
-    if abs(mask.width * source.height / (mask.height * source.width) - 1) > TOLERANCE:
-        return f"is {mask.width}x{mask.height}, and the file itself is {source.width}x{source.height}"
+    if fault := _other_aspect(source, mask):
+        return fault
     if mask.frames == 1:
         return None  # one picture for all frames
     needed = max(frames_needed(window, source) for window in windows)

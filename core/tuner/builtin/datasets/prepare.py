@@ -11,8 +11,10 @@ from urllib.parse import urlsplit
 
 from tuner import rng
 from tuner.builtin.datasets.captions import captions_of
+from tuner.builtin.datasets.decode import decode_file
 from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
 from tuner.builtin.datasets.idle import idle_keys
+from tuner.builtin.datasets.images import image_cache, unused
 from tuner.builtin.datasets.judge import REMEDIES, UNDECODABLE, Kept, check_dataset, judge
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions, conditioning_of
@@ -70,10 +72,18 @@ def prepare(
         datasets={dataset.id: _dataset(dataset) for dataset in datasets.trained},
         text_cache=datasets.text.cache_dir,
         text_write_batch_size=datasets.text.write_batch_size,
-        report=DataReport(tuple(reports), _notes(datasets, spec)),
+        decode=decode_file,
+        report=DataReport(tuple(reports), (*datasets.notes, *unused(datasets, spec))),
         held_out=tuple(held_out),
-        caches=tuple(dict.fromkeys(dataset.cache_dir_vae for dataset in datasets.trained)),
+        caches=_caches(inputs),
     )
+
+
+def _caches(inputs: _Inputs) -> tuple[Path, ...]:
+    """Every folder that encodings of these datasets may lie in, once."""
+    latents = [dataset.cache_dir_vae for dataset in inputs.datasets.trained]
+    images = [image_cache(each, inputs.datasets, inputs.core, inputs.spec) for each in inputs.datasets.trained]
+    return tuple(dict.fromkeys([*latents, *(folder for folder in images if folder is not None)]))
 
 
 def _prepared(dataset: AnyTrained, inputs: _Inputs) -> tuple[list[Sample], DatasetReport]:
@@ -170,6 +180,7 @@ def _samples(
     entries = conditioning_of(dataset, inputs.datasets, inputs.spec)
     processes, show = inputs.core.probe_processes, inputs.show_progress
     paired = companions(dataset, entries, files, processes=processes, show_progress=show)
+    images = image_cache(dataset, inputs.datasets, inputs.core, inputs.spec)
     samples = []
     for each, made in files:
         for index, window in enumerate(made):
@@ -188,6 +199,7 @@ def _samples(
                     views=window.views,
                     cache=dataset.cache_dir_vae,
                     companions=paired[each.name],
+                    image_cache=images,
                 )
             )
     return samples
@@ -210,22 +222,6 @@ def _report(
         notes=tuple(notes),
         held_out=isinstance(dataset, EvalDataset),
     )
-
-
-def _notes(datasets: Datasets, spec: ModelSpec) -> tuple[str, ...]:
-    """What concerns the list as a whole, and what this model has no use for."""
-    if "conditioning" in spec.encoders:
-        return datasets.notes
-    unused = [entry.id for entry in datasets.image_embeds]
-    unused += [entry.id for entry in datasets.conditioning if entry.conditioning_type in ("first_frame", "last_frame")]
-    lines = [f"dataset {name!r} is not used: {spec.flavour} takes no image" for name in unused]
-    for dataset in datasets.trained:
-        if dataset.cache_dir_conditioning_image_embeds is not None:
-            lines.append(
-                f"dataset {dataset.id!r}: cache_dir_conditioning_image_embeds does nothing: "
-                f"{spec.flavour} takes no image"
-            )
-    return (*datasets.notes, *lines)
 
 
 def _nothing_left(

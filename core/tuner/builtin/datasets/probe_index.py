@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tuner.data.probe_file import VideoFacts
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.data.progress import log
 from tuner.data.source import Found
 from tuner.errors import DataError

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
-from tuner.data import probe_file
-from tuner.data.probe_file import VideoFacts
+from tuner.builtin.datasets import probe_file
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.data.source import Found
 from tuner.errors import DataError
 

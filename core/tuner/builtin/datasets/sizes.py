@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from tuner import rng
 from tuner.builtin.datasets.entries import Media
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.data import buckets
-from tuner.data.probe_file import VideoFacts
 from tuner.data.samples import Bucket, Framing
 from tuner.spec import ModelSpec
 

@@ -10,7 +10,7 @@ from tuner import rng
 from tuner.builtin.datasets import frames, sizes
 from tuner.builtin.datasets.entries import Clips, Trained
 from tuner.builtin.datasets.frames import Track
-from tuner.data.probe_file import VideoFacts
+from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.data.samples import Bucket, Framing, View
 from tuner.spec import ModelSpec
 

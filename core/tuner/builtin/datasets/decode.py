@@ -12,9 +12,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from tuner.data.pictures import Unreadable, open_picture, pixels_of, quarter_turns, video_stream
+from tuner.builtin.datasets.pictures import Unreadable, open_picture, pixels_of, quarter_turns, video_stream
+from tuner.builtin.datasets.seek import frames_from
 from tuner.data.samples import Bucket, Framing, Sample, View
-from tuner.data.seek import frames_from
 from tuner.errors import DataError
 
 SWSCALE = 0x4 | 0x2000 | 0x40000 | 0x80000

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import av
 from av.video.stream import VideoStream
 
-from tuner.data.pictures import Unreadable, displayed_size, open_picture, quarter_turns, video_stream
+from tuner.builtin.datasets.pictures import Unreadable, displayed_size, open_picture, quarter_turns, video_stream
 from tuner.files import sha256_of
 
 HIDDEN_FRAMES = frozenset({"vp8", "vp9", "av1"})

@@ -11,7 +11,7 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from tuner.data.pictures import video_stream
+from tuner.builtin.datasets.pictures import video_stream
 
 BY_TIME_SHOWN = "matroska"
 INDEXED = frozenset({"mov", BY_TIME_SHOWN})
