@@ -94,11 +94,23 @@ def draw_sigma(
     distribution through its inverse: no sample is rejected or clipped.
     """
     if core.flow_custom_timesteps:
-        times = [time for time in core.flow_custom_timesteps if _holds(sigma_range, time / 1000)]
-        return times[int(torch.randint(len(times), (), generator=generator))] / 1000
+        times = _custom(core.flow_custom_timesteps, sigma_range)
+        return times[int(torch.randint(len(times), (), generator=generator))]
+    return sigma_at(core, float(torch.rand((), generator=generator, dtype=torch.float64)), tokens, sigma_range)
+
+
+def _custom(times: Sequence[float], sigma_range: tuple[float, float]) -> list[float]:
+    """The noise levels of the custom timesteps that are in the range, as they are listed."""
+    return [time / 1000 for time in times if _holds(sigma_range, time / 1000)]
+
+
+def sigma_at(core: CoreConfig, uniform: float, tokens: int, sigma_range: tuple[float, float] = (0.0, 1.0)) -> float:
+    """The noise level below which a share ``uniform``, in [0, 1), of all that are drawn lies: a quantile."""
+    if core.flow_custom_timesteps:
+        times = sorted(_custom(core.flow_custom_timesteps, sigma_range))
+        return times[int(uniform * len(times))]
     shift = auto_shift(tokens) if core.flow_schedule_auto_shift else core.flow_schedule_shift or 1.0
     low, high = (unshift_sigma(bound, shift) for bound in sigma_range)
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
     if core.flow_use_beta_schedule:
         from scipy.stats import beta
 
@@ -110,6 +122,12 @@ def draw_sigma(
     else:
         sigma = _logit_normal(uniform, low, high, core.flow_sigmoid_scale)
     return float(shift_sigmas(torch.tensor(sigma, dtype=torch.float64), shift))
+
+
+def quantiles(core: CoreConfig, count: int, tokens: int, sigma_range: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Noise levels (count,) float32, ascending: the quantiles (i + 0.5) / count of those that are drawn."""
+    levels = [sigma_at(core, (index + 0.5) / count, tokens, sigma_range) for index in range(count)]
+    return _inside(torch.tensor(levels, dtype=torch.float32), sigma_range)
 
 
 def _logit_normal(uniform: float, low: float, high: float, scale: float) -> float:
