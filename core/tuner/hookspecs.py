@@ -357,7 +357,7 @@ class HookSpecs:
         """Look at what the model has learnt.
 
         Called: all, every ``validation_step_interval`` steps and at the end, in evaluation mode, without gradients,
-        on every process.
+        on every process; and one plugin alone where its ``validates_at`` says so.
         Arguments: ``run``; ``model``.
         Returns: a Validation (``tuner.validate.results``) of metrics, reported as ``plugin/key``, and media; or None.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -65,14 +65,24 @@ class Manager(pluggy.PluginManager):
         caller = getattr(self.hook, hook_name)
         return [each.plugin_name for each in reversed(caller.get_hookimpls()) if not (each.wrapper or each.hookwrapper)]
 
-    def collect(self, hook_name: str, **arguments: Any) -> list[tuple[str, Any]]:
+    def unwrapped(self, hook_name: str) -> Callable[..., Any]:
+        """The caller of a hook without the plugins that wrap it."""
+        wrapping = [each.plugin for each in getattr(self.hook, hook_name).get_hookimpls() if each.wrapper]
+        return self.subset_hook_caller(hook_name, wrapping)
+
+    def collect(
+        self, hook_name: str, *, only: Collection[str] | None = None, **arguments: Any
+    ) -> list[tuple[str, Any]]:
         """Call a hook plugin by plugin: (plugin name, answer) for each one that answered, in calling order.
 
+        ``only``: names of the plugins to ask; None is all.
         Generators are run to their end here, so that what they raise is blamed on their plugin.
         """
         names = self.answering(hook_name)
         answers = []
         for name in names:
+            if only is not None and name not in only:
+                continue
             others = [self.get_plugin(other) for other in names if other != name]
             answer = self.subset_hook_caller(hook_name, others)(**arguments)
             if isinstance(answer, list) and not self._single(hook_name):

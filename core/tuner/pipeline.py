@@ -71,6 +71,8 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     run.spec = spec
     run.token_selectors = manager.registry("token_selectors", run)
     run.data_sources = manager.registry("data_sources", run)
+    plain = manager.unwrapped("compute_loss")
+    run.plain_loss = lambda model, batch: plain(run=run, model=model, batch=batch)
     manager.hook.check_model(run=run, spec=spec)
     return spec
 

@@ -88,6 +88,15 @@ class Plugin(Generic[C]):
         """Whether this plugin will do something in a run with these core keys; only active plugins can conflict."""
         return True
 
+    def validates_at(self, step: int, epoch: int) -> bool:
+        """Whether to be asked ``validate`` after this optimizer step, beside the run's own validations.
+
+        Arguments
+            step: optimizer steps done.
+            epoch: epochs done, where this step ended one; else 0.
+        """
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint: a flat dict of tensors and JSON values. Empty for most plugins."""
         return {}

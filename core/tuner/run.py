@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
     from tuner.data.encode import CachedData
     from tuner.data.source import Source
+    from tuner.model import Batch, Loss, Model
     from tuner.plugin import AnyPlugin
     from tuner.spec import ModelSpec
 
@@ -50,6 +51,9 @@ class Run:
     """Where files may come from beside a local folder, by ``type``; set once the model is described."""
     text_cache: Callable[[str], dict[str, Tensor]] | None = None
     """The cached encoding of a caption named in ``extra_captions``; set once the cache is built."""
+    plain_loss: Callable[[Model, Batch], Loss] | None = None
+    """The loss of a batch as the family makes it, without the plugins that wrap ``compute_loss``; set once the model
+    is described."""
     cached: CachedData | None = None
     """All encodings, those of held-out samples too; set once the cache is built."""
     log: logging.Logger = log

@@ -35,9 +35,10 @@ def train(session: Session) -> Path:
             run.step += 1
             seconds = time.perf_counter() - began
             last = run.step == session.total
+            asked = None if last or _due(run.step, config.validation_step_interval) else _asking(session)
             metrics = {}
-            if last or _due(run.step, config.validation_step_interval):
-                metrics = validate(run, session.model, session.manager, session.engine, session.attention)
+            if asked is None or asked:
+                metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
             _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
             if last or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
                 saved = save(session)
@@ -62,6 +63,13 @@ def save(session: Session) -> Path:
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _asking(session: Session) -> list[str]:
+    """The plugins that want to be asked after this step, beside the run's own validations."""
+    step, epoch_of = session.run.step, session.plan.epoch_of
+    ended = epoch_of(step) if epoch_of(step) > epoch_of(step - 1) else 0
+    return [name for name, plugin in session.run.plugins.items() if plugin.validates_at(step, ended)]
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,15 +20,23 @@ if TYPE_CHECKING:
 
 
 def validate(
-    run: Run, model: Model, manager: Manager, engine: Engine, attention: AttentionBackend | None = None
+    run: Run,
+    model: Model,
+    manager: Manager,
+    engine: Engine,
+    attention: AttentionBackend | None = None,
+    asked: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Ask every plugin what it sees, with the ``attention`` kernel chosen; returns the numbers as ``plugin/key``."""
+    """Ask every plugin what it sees, with the ``attention`` kernel chosen; returns the numbers as ``plugin/key``.
+
+    ``asked``: names of the plugins to ask; None is all.
+    """
     with ExitStack() as stack:
         stack.enter_context(untouched(model, engine.device))
         stack.enter_context(engine.autocast())
         for network in model.networks.values():
             stack.enter_context(validation_backend(network, attention))
-        answers = manager.collect("validate", run=run, model=model)
+        answers = manager.collect("validate", only=asked, run=run, model=model)
     return {
         f"{plugin}/{key}": float(value)
         for plugin, answer in answers
