@@ -17,6 +17,12 @@ class ValidationKeys(PluginConfig):
     validation_prompt: str | None = key(None, "A prompt to render.")
     validation_negative_prompt: str = key("", "Negative prompt of every validation clip.")
     user_prompt_library: Path | None = key(None, "JSON file of nickname -> prompt, each rendered.")
+    validation_images: Path | list[Path] | None = key(
+        None,
+        "Image to video: the pictures that validation clips start from, a folder or a list of files, each for "
+        "the prompt whose nickname it is named after, else in turn; `<name>-last` is the last frame beside `<name>`. "
+        "First frames of held-out or trained clips when absent.",
+    )
     validation_seed: int | None = key(None, "Seed of the validation noise; `seed` when absent.", ge=0)
     validation_resolution: str | None = key(
         None, "`WIDTHxHEIGHT` in pixels, or one edge; the trained size when absent."

@@ -50,8 +50,21 @@ class WanPlugin(Plugin[WanConfig]):
         return describe(run.config, self.config)
 
     @hookimpl
-    def data_ready(self, run: Run, data: Prepared) -> None:
-        """Warn of masked loss, which people who tried it on Wan found to do harm."""
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Say where the embedding of time is as it was in Wan 2.1 in any case."""
+        if self.config.wan_force_2_1_time_embedding and spec.condition != "clean_first_frame" and run.is_main:
+            run.log.warning("wan_force_2_1_time_embedding does nothing: %s has one time per clip anyway", spec.flavour)
+
+    @hookimpl
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
+        """Look at pictures among clips of an image-to-video model, and warn of masked loss.
+
+        People who tried masked loss on Wan found it to do harm.
+        """
+        from tuner_wan.pictures import check_pictures
+
+        for line in check_pictures(spec, data) if run.is_main else ():
+            run.log.warning("%s", line)
         masked = sum(any(sample.companion(role) for role in MASKS) for sample in data.samples)
         if masked and run.is_main:
             run.log.warning(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ConfigError, nearest
+from tuner_wan.conditions import CLEAN
 from tuner_wan.encode import pad_states
 from tuner_wan.experts import Pair, one_resident
 
@@ -64,7 +65,8 @@ def _pipeline(spec: ModelSpec, request: SampleRequest, parts: Mapping[str, Any])
     """A pipeline without encoders and VAE, and what its call takes beside what all take."""
     pipeline: Any
     images: dict[str, Any] = {}
-    if spec.frames_taken:
+    # A picture has no frame after the one that would be given: it is rendered from text alone.
+    if spec.frames_taken and not (spec.condition == CLEAN and request.frames == 1):
         from tuner_wan.sampling_image import image_arguments, make_pipeline
 
         pipeline, images = make_pipeline(spec, request, parts), image_arguments(request)

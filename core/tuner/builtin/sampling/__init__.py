@@ -10,7 +10,7 @@ from tuner.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
     from tuner.builtin.sampling.prompts import Prompt
-    from tuner.data.samples import Prepared
+    from tuner.data.samples import Prepared, Sample
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
@@ -49,6 +49,8 @@ class SamplingPlugin(Plugin[PluginConfig]):
         if self._all(run):
             for note in settings_for(run, spec)[1]:
                 self._say(run, note)
+        if run.config.validation_images is not None and not spec.frames_taken:
+            self._say(run, f"validation_images does nothing: {spec.flavour} takes no image")
 
     @hookimpl
     def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
@@ -68,6 +70,24 @@ class SamplingPlugin(Plugin[PluginConfig]):
             return []
         negative: str = chosen(run, run.spec, "validation_negative_prompt")
         return [*(prompt.text for prompt in prompts), negative]
+
+    @hookimpl
+    def extra_samples(self, run: Run, spec: ModelSpec, data: Prepared) -> Iterable[Sample]:
+        """The frames that the clips of an image-to-video model start from."""
+        prompts = self._all(run)
+        if not prompts or not spec.frames_taken:
+            return []
+        from tuner.builtin.sampling.images import starting_samples
+        from tuner.builtin.sampling.settings import settings_for
+
+        found = starting_samples(run, spec, data, prompts, settings_for(run, spec)[0])
+        if len(found) < len(prompts):
+            self._say(
+                run,
+                "validation renders nothing: no clip of the datasets is long enough to take its last frame from; set "
+                "validation_images, or lower validation_num_video_frames",
+            )
+        return found
 
     @hookimpl
     def validate(self, run: Run, model: Model) -> Validation | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tuner import __version__
+from tuner.builtin.sampling.images import encoded_images, picture_name
 from tuner.builtin.sampling.prompts import Prompt
 from tuner.builtin.sampling.settings import Settings
 from tuner.builtin.sampling.sheet import Row, write_contact_sheet
@@ -80,10 +81,14 @@ def _sample_all(run: Run, model: Model, prompts: Sequence[Prompt], settings: Set
     encoded = run.text_cache
     negative = _on(run, encoded(settings.negative))
     renderings = []
+    images = {prompt: encoded_images(run, model.spec, prompt) for prompt in prompts}
     with progress("rendering", len(prompts) * settings.steps, show=run.is_main) as advance:
-        for prompt in prompts:
+        for prompt, given in images.items():
+            if given is None:
+                run.log.warning("validation of %r has no frame to start from: nothing is rendered", prompt.nickname)
+                continue
             with _counted(advance, settings.steps) as on_step:
-                request = settings.request(_on(run, encoded(prompt.text)), negative, on_step)
+                request = settings.request(_on(run, encoded(prompt.text)), negative, on_step, _on(run, given))
                 renderings.append(Rendering(prompt, model.sample(request).detach().to("cpu", torch.float32)))
     return renderings
 
@@ -146,6 +151,12 @@ def _subtitle(model: Model, settings: Settings) -> str:
     )
 
 
+def _started(run: Run, model: Model, prompt: Prompt) -> dict[str, str]:
+    """The file that the clip started from, of a model that takes one."""
+    name = picture_name(run, prompt) if model.spec.frames_taken else None
+    return {} if name is None else {"image": name}
+
+
 def _write_record(
     path: Path,
     run: Run,
@@ -170,7 +181,8 @@ def _write_record(
                 "nickname": prompt.nickname,
                 "prompt": prompt.text,
                 "files": files.get(prompt.slug, []),
-                **({} if prompt.slug in files else {"failed": "non-finite latents"}),
+                **_started(run, model, prompt),
+                **({} if prompt.slug in files else {"failed": "no frame to start from, or non-finite latents"}),
             }
             for prompt in prompts
         ],

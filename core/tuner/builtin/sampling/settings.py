@@ -45,9 +45,13 @@ class Settings:
     negative: str
 
     def request(
-        self, prompt: Mapping[str, Tensor], negative: Mapping[str, Tensor], on_step: Callable[[int], None] | None
+        self,
+        prompt: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        on_step: Callable[[int], None] | None,
+        images: Mapping[str, Tensor] | None = None,
     ) -> SampleRequest:
-        """What a family is asked for one prompt."""
+        """What a family is asked for one prompt; ``images``: what was encoded of the frames it starts from."""
         from tuner.model import SampleRequest
 
         return SampleRequest(
@@ -62,6 +66,7 @@ class Settings:
             seed=self.seed,
             scheduler=self.scheduler,
             flow_shift=self.flow_shift,
+            images=images or {},
             on_step=on_step,
         )
 
