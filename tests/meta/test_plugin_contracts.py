@@ -38,6 +38,11 @@ class TestDatasets(PluginContract):
     plugin = "datasets"
 
 
+class TestEvaluation(PluginContract):
+    plugin = "evaluation"
+    legacy_keys = frozenset({"eval_epoch_interval", "eval_max_samples", "eval_steps_interval", "eval_timesteps"})
+
+
 class TestFlex(PluginContract):
     plugin = "flex"
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PRIOR = "prior_preservation"
 """Whoever holds the model to its base on regularisation data."""
+EVALUATION = "evaluation"
+"""Whoever measures the loss on held-out data."""
 
 
 class DatasetsPlugin(Plugin[PluginConfig]):
@@ -29,11 +31,18 @@ class DatasetsPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def data_ready(self, run: Run, data: Prepared) -> None:
-        """Say when the plugin that regularisation data are for is left out."""
+        """Say when the plugin that regularisation data, or held-out data, are for is left out."""
         holding = [name for name, dataset in data.datasets.items() if dataset.regularisation]
         if holding and PRIOR not in run.plugins:
             run.log.warning(
                 "dataset %r is regularisation data, and the plugin %s is left out: it is trained on like any other",
                 holding[0],
                 PRIOR,
+            )
+        unseen = dict.fromkeys(sample.dataset_id for sample in data.held_out)
+        if unseen and EVALUATION not in run.plugins:
+            run.log.warning(
+                "nothing measures the loss on %s: load the plugin %s (one of its keys does, such as eval_timesteps: 4)",
+                " and ".join(map(repr, unseen)),
+                EVALUATION,
             )
