@@ -31,8 +31,7 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 REQUIRED = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss"})
-"""Hooks with exactly one answer: what a model family must implement, and ``prepare_data`` and
-``plan_epochs`` of the built-in ``datasets`` and ``epochs``."""
+"""Hooks with exactly one answer: a model family's, and those of the built-in ``datasets`` and ``epochs``."""
 SINGLE = REQUIRED | {"route_tokens"}
 """Hooks with at most one answer."""
 
@@ -118,7 +117,6 @@ class HookSpecs:
 
             @hookimpl
             def data_sources(self, run):
-                from my_archive.source import ArchiveSource
                 return {"archive": ArchiveSource()}
         """
 

@@ -139,7 +139,7 @@ def test_conditioning_data_of_a_model_without_images_is_said_to_be_unused(
     entries = core.data_backend_config
     assert isinstance(entries, list)
     prepared = prepare(core.model_copy(update={"data_backend_config": [*entries, images]}), spec)
-    assert prepared.report.notes == ("dataset 'images' is not used: fake-tiny takes no image",)
+    assert prepared.report.notes == ("dataset 'images' is not used: fake-tiny takes no image embeddings",)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

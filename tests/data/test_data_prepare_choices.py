@@ -169,9 +169,9 @@ def test_image_conditioning_is_said_to_be_unused_only_where_the_model_takes_no_i
 ) -> None:
     entry = {"id": "p", "instance_data_dir": str(pictures), "cache_dir_conditioning_image_embeds": "somewhere"}
     assert prepared(tmp_path, spec, entry).report.notes == (
-        "dataset 'p': cache_dir_conditioning_image_embeds does nothing: fake-tiny takes no image",
+        "dataset 'p': cache_dir_conditioning_image_embeds does nothing: fake-tiny takes no image embeddings",
     )
-    takes_images = replace(spec, encoders={**spec.encoders, "conditioning": ("image_encoder",)})
+    takes_images = replace(spec, conditioning_frames=("first_frame",))
     assert prepared(tmp_path, takes_images, entry).report.notes == ()
 
 

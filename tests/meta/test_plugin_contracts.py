@@ -91,6 +91,7 @@ class TestTread(PluginContract):
 
 class TestWan(PluginContract):
     plugin = "wan"
+    legacy_keys = frozenset({"pretrained_transformer_2_model_name_or_path"})
 
 
 class TestWanFamily(FamilyContract):

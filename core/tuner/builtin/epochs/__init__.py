@@ -26,11 +26,16 @@ class EpochsPlugin(Plugin[PluginConfig]):
 
     @hookimpl
     def plan_epochs(self, run: Run, spec: ModelSpec, data: Prepared, processes: int) -> Order:
-        """The plan of all epochs; refuses datasets that are smaller than a step."""
+        """The plan of all epochs; refuses datasets that are smaller than a step.
+
+        Once files were left out because they could not be encoded, what is too small is filled up instead: nobody
+        should lose an hour of encoding to it.
+        """
         from tuner.builtin.epochs.plan import Plan, check_sizes
 
         core, network = run.config, spec.networks[0]
-        check_sizes(data, core, processes)
+        if run.cached is None:
+            check_sizes(data, core, processes)
         return Plan(
             data.samples,
             data.datasets,
