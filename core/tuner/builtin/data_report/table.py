@@ -36,14 +36,14 @@ def _table(report: DataReport) -> Table:
 def used(dataset: DatasetReport) -> str:
     """How many samples an epoch shows, as a person would say it."""
     if dataset.held_out:
-        return f"{dataset.kept}, held out"
+        return f"{dataset.kept} held out"
     return f"{dataset.kept} x {dataset.repeats + 1}" if dataset.repeats else str(dataset.kept)
 
 
 def _plain(report: DataReport) -> list[str]:
     """The table as lines, for log files."""
     return [
-        f"dataset {each.dataset_id}: {used(each)} kept, left out: {summary(each.reasons)}, "
+        f"dataset {each.dataset_id}: {used(each)}{'' if each.held_out else ' kept'}, left out: {summary(each.reasons)}, "
         f"buckets: {'; '.join(f'{bucket} ({count})' for bucket, count in each.buckets)}"
         for each in report.datasets
     ]
