@@ -80,9 +80,9 @@ class EvaluationPlugin(Plugin[EvaluationConfig]):
     def _moments(self, core: CoreConfig) -> str:
         """When it is measured, in words."""
         steps = sorted({core.validation_step_interval, self.config.eval_steps_interval} - {0})
-        moments = [f"every {interval} steps" for interval in steps]
-        if self.config.eval_epoch_interval:
-            moments.append(f"every {self.config.eval_epoch_interval} epochs")
+        moments = ["every step" if interval == 1 else f"every {interval} steps" for interval in steps]
+        if epochs := self.config.eval_epoch_interval:
+            moments.append("every epoch" if epochs == 1 else f"every {epochs} epochs")
         return ", ".join([*moments, "at the end"])
 
     def _say(self, run: Run, line: str) -> None:
