@@ -1,4 +1,4 @@
-"""The benchmarks of probing and decoding run, and say what they are there to say."""
+"""The benchmarks of probing, decoding and loading run, and say what they are there to say."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     "data_decode": (["--width", "96", "--height", "48", "--frames", "17", "--rounds", "1"], "96x48"),
+    "data_loading": (["--width", "96", "--height", "48", "--frames", "9", "--samples", "2", "--steps", "3"], "96x48"),
     "data_probe": (["--files", "20", "--clips", "3", "--rounds", "1"], "20 files"),
 }
 

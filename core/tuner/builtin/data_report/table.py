@@ -43,7 +43,8 @@ def used(dataset: DatasetReport) -> str:
 def _plain(report: DataReport) -> list[str]:
     """The table as lines, for log files."""
     return [
-        f"dataset {each.dataset_id}: {used(each)}{'' if each.held_out else ' kept'}, left out: {summary(each.reasons)}, "
+        f"dataset {each.dataset_id}: {used(each)}{'' if each.held_out else ' kept'}, "
+        f"left out: {summary(each.reasons)}, "
         f"buckets: {'; '.join(f'{bucket} ({count})' for bucket, count in each.buckets)}"
         for each in report.datasets
     ]
