@@ -34,11 +34,10 @@ TEXT = (120, 4096)
 def fill(root: Path, samples: int, bucket: Bucket) -> CachedData:
     """A cache of ``samples`` random encodings of Wan 2.1's size, as training reads it."""
     views = (View(Framing(bucket.width, bucket.height, 0, 0)),)
+    size = (bucket.width, bucket.height, bucket.frames, 16.0, bucket)
     made = tuple(
-        Sample(f"{index:04d}", "d", Path("x"), "0", (CAPTION,), bucket.width, bucket.height, bucket.frames, 16.0, bucket,
-               views, root / "vae")
-        for index in range(samples)
-    )  # fmt: skip
+        Sample(f"{index:04d}", "d", Path("x"), "0", (CAPTION,), *size, views, root / "vae") for index in range(samples)
+    )
     shape = (16, (bucket.frames - 1) // 4 + 1, bucket.height // 8, bucket.width // 8)
     keys = {(sample.sample_id, 0): make_key(sample.sample_id) for sample in made}
     for key in keys.values():
