@@ -331,6 +331,7 @@ def _sample(bench: FamilyBench, model: Model, seed: int, steps: list[int]) -> Te
                 seed=seed,
                 scheduler="euler",
                 flow_shift=3.0,
+                images={name: tensor for name, tensor in bench.cached[0][0].items() if name != "latents"},
                 on_step=steps.append,
             )
         )

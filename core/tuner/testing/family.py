@@ -66,8 +66,12 @@ class FamilyBench:
         return model
 
     def encode_clips(self, model: Model, pixels: Tensor) -> Encoded:
-        """What the cache would hold for ``pixels`` (B, 3, F, H, W)."""
-        return self._encode(model, "video", pixels=pixels)
+        """What the cache would hold for ``pixels`` (B, 3, F, H, W), the embeddings of their frames among it."""
+        clips = self._encode(model, "video", pixels=pixels)
+        if not self.spec.conditioning_frames:
+            return clips
+        images = self._encode(model, "conditioning", pixels=pixels)
+        return [clip | image for clip, image in zip(clips, images, strict=True)]
 
     def encode_captions(self, model: Model, captions: Sequence[str]) -> Encoded:
         """What the cache would hold for ``captions``."""
