@@ -121,7 +121,8 @@ def test_the_record_holds_everything_and_nothing_of_the_machine(make_run, plugin
     validated(run, plugin)
     record = json.loads((tmp_path / "out/validation/step-0/validation.json").read_text())
     assert record["settings"] == {
-        "width": 32, "height": 32, "frames": 5, "fps": 16.0, "steps": 2, "guidance": 2.5, "seed": 3,
+        "width": 32, "height": 32, "frames": 5, "fps": 16.0, "steps": 2, "guidance": 2.5,
+        "guidance_2": None, "seed": 3,
         "scheduler": "unipc", "flow_shift": 3.0, "negative": "ugly",
     }  # fmt: skip
     assert record["model"] == {"family": "toy", "flavour": "toy", "base": "model", "network": "transformer"}

@@ -182,9 +182,14 @@ def _write_record(
                 "prompt": prompt.text,
                 "files": files.get(prompt.slug, []),
                 **_started(run, model, prompt),
-                **({} if prompt.slug in files else {"failed": "no frame to start from, or non-finite latents"}),
+                **({} if prompt.slug in files else {"failed": _fault(run, model, prompt)}),
             }
             for prompt in prompts
         ],
     }
     atomic_write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _fault(run: Run, model: Model, prompt: Prompt) -> str:
+    """Why nothing was rendered for a prompt."""
+    return "no frame to start from" if encoded_images(run, model.spec, prompt) is None else "non-finite latents"
