@@ -137,16 +137,17 @@ def test_one_time_per_clip_on_request(load: Load, flavours: Callable[[str], Path
         assert torch.equal(model.predict(batch), expected)
 
 
-def test_the_key_is_said_to_do_nothing_elsewhere(
+def test_its_keys_are_said_to_do_nothing_elsewhere(
     flavours: Callable[[str], Path], new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture
 ) -> None:
-    plugin = WanPlugin("wan", WanPlugin.Config(wan_force_2_1_time_embedding=True))
+    plugin = WanPlugin("wan", WanPlugin.Config(wan_force_2_1_time_embedding=True, wan_condition="none"))
     for flavour, said in ((FLAVOUR, False), ("i2v-14b-2.1", True)):
         caplog.clear()
         run = new_run(plugin, pretrained_model_name_or_path=str(flavours(flavour)), model_flavour=flavour)
         with caplog.at_level(logging.WARNING):
             plugin.check_model(run, run.spec)
-        assert ("wan_force_2_1_time_embedding does nothing" in caplog.text) == said
+        for key in ("wan_force_2_1_time_embedding", "wan_condition"):
+            assert (f"{key} does nothing" in caplog.text) == said
 
 
 def test_a_picture_is_trained_from_its_text(load: Load, flavours: Callable[[str], Path]) -> None:

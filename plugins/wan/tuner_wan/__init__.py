@@ -51,9 +51,15 @@ class WanPlugin(Plugin[WanConfig]):
 
     @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:
-        """Say where the embedding of time is as it was in Wan 2.1 in any case."""
-        if self.config.wan_force_2_1_time_embedding and spec.condition != "clean_first_frame" and run.is_main:
+        """Say which keys are for the one flavour whose first latent frame may go in without noise."""
+        from tuner_wan.flavours import FLAVOURS
+
+        if not run.is_main or FLAVOURS[spec.flavour].condition == "clean_first_frame":
+            return
+        if self.config.wan_force_2_1_time_embedding:
             run.log.warning("wan_force_2_1_time_embedding does nothing: %s has one time per clip anyway", spec.flavour)
+        if self.config.wan_condition == "none":
+            run.log.warning("wan_condition does nothing: it is a choice that %s does not have", spec.flavour)
 
     @hookimpl
     def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
