@@ -35,7 +35,8 @@ def write_worker(folder: Path, code: str) -> Path:
     log = folder / "probed names.log"
     indented = "".join(f"    {line}\n" for line in code.splitlines())
     (folder / "own_probe.py").write_text(
-        "import os, signal, time\nfrom tuner.builtin.datasets import probe_file as module\noriginal = module.probe_file\n"
+        "import os, signal, time\n"
+        "from tuner.builtin.datasets import probe_file as module\noriginal = module.probe_file\n"
         f"def probe_file(path):\n    open({str(log)!r}, 'a').write(path.name + '\\n')\n{indented}"
         "    return original(path)\n"
         "module.probe_file = probe_file\nmodule.serve()\n"
