@@ -131,10 +131,16 @@ class Network:
                 "cannot be switched off",
                 remedy="train a LoRA, or leave out what needs the base's own prediction",
             )
+        disabled = self.adapter.disabled() if self.adapter and self.adapter.disabled else nullcontext()
+        with disabled, self.inference():
+            yield
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """While entered: evaluation mode, no gradient, no routes. Residency stays; all is restored on exit."""
         context = self.trampoline.context
         modes = [(each, each.training) for each in self.module.modules()]
-        disabled = self.adapter.disabled() if self.adapter and self.adapter.disabled else nullcontext()
-        with disabled, torch.no_grad():
+        with torch.no_grad():
             try:
                 self.module.eval()
                 self.trampoline.context = StepContext(residency=self.residency)

@@ -89,6 +89,10 @@ class TestTread(PluginContract):
     plugin = "tread"
 
 
+class TestScheduledSampling(PluginContract):
+    plugin = "scheduled_sampling"
+
+
 class TestWan(PluginContract):
     plugin = "wan"
     legacy_keys = frozenset({"pretrained_transformer_2_model_name_or_path"})
