@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 AUTO_SHIFT_TOKENS = (256, 4096)
 AUTO_SHIFT_MU = (0.5, 1.15)
+LEAST_WEIGHTED = 1e-3
+"""The noise level that ``sigma_sqrt`` weighs most: below it the weight would grow without end."""
 
 
 def check(core: CoreConfig, networks: Sequence[NetworkSpec] = ()) -> None:
@@ -152,7 +154,7 @@ def draw(
     They depend on (seed, step, position in the global batch) alone: not on the process, the device or
     the other samples.
     """
-    sigmas = [draw_sigma(core, rng.generator(core.seed, "sigma", step, at), tokens, sigma_range) for at in positions]
+    sigmas = [_sigma_of(core, step, at, tokens, sigma_range) for at in positions]
     noise = [
         torch.randn(latents.shape[1:], generator=rng.generator(core.seed, "noise", step, at), dtype=torch.float32)
         for at in positions
@@ -161,6 +163,26 @@ def draw(
         _inside(torch.tensor(sigmas, dtype=torch.float32), sigma_range).to(latents.device),
         torch.stack(noise).to(latents.device, latents.dtype),
     )
+
+
+def _sigma_of(core: CoreConfig, step: int, position: int, tokens: int, sigma_range: tuple[float, float]) -> float:
+    """The noise level of one sample, from its own generator, or its turn among the custom timesteps."""
+    if core.flow_custom_timesteps and core.flow_custom_timesteps_order == "round_robin":
+        times = _custom(core.flow_custom_timesteps, sigma_range)
+        return times[(step + position) % len(times)]
+    return draw_sigma(core, rng.generator(core.seed, "sigma", step, position), tokens, sigma_range)
+
+
+def loss_weights(core: CoreConfig, sigmas: Tensor) -> Tensor | None:
+    """Weights (B,) of the losses at noise levels ``sigmas`` (B,) by ``loss_weighting``; None where all count alike.
+
+    Esser et al., arXiv:2403.03206, section 3.1.
+    """
+    if core.loss_weighting == "sigma_sqrt":
+        return sigmas.clamp_min(LEAST_WEIGHTED) ** -2
+    if core.loss_weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+    return None
 
 
 def _inside(sigmas: Tensor, sigma_range: tuple[float, float]) -> Tensor:
@@ -188,9 +210,12 @@ def loss(core: CoreConfig, prediction: Tensor, batch: Batch) -> Loss:
     """
     distance = _distance(core, prediction.float() - batch.target.float())
     if batch.mask is None:
-        return Loss(per_sample=distance.flatten(1).mean(1))
-    weight = batch.mask.flatten(1).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    return Loss(per_sample=(batch.mask * distance).flatten(1).mean(1) / weight)
+        per_sample = distance.flatten(1).mean(1)
+    else:
+        weight = batch.mask.flatten(1).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+        per_sample = (batch.mask * distance).flatten(1).mean(1) / weight
+    weights = loss_weights(core, batch.sigmas)
+    return Loss(per_sample=per_sample if weights is None else per_sample * weights)
 
 
 def _distance(core: CoreConfig, difference: Tensor) -> Tensor:

@@ -55,6 +55,10 @@ class TestLora(PluginContract):
     plugin = "lora"
 
 
+class TestNoiseLevels(PluginContract):
+    plugin = "noise_levels"
+
+
 class TestOffload(PluginContract):
     plugin = "offload"
     legacy_keys = frozenset(

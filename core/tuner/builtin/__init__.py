@@ -6,6 +6,7 @@ BUILTINS = {
     "epochs": "tuner.builtin.epochs:EpochsPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
+    "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",

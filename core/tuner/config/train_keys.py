@@ -59,5 +59,13 @@ class FlowKeys(PluginConfig):
     flow_custom_timesteps: list[float] | None = key(
         None, "Train on these timesteps (0 to 1000) only, drawn uniformly.", aliases=("flux_custom_timesteps",)
     )
+    flow_custom_timesteps_order: Literal["random", "round_robin"] = key(
+        "random", "Draw from `flow_custom_timesteps`, or take them in turn over samples and steps."
+    )
+    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = key(
+        "none",
+        "Weight of a sample's loss by its noise level s (arXiv:2403.03206): `sigma_sqrt` is s^-2 (s at least 0.001), "
+        "`cosmap` 2 / (pi (1 - 2s + 2s^2)).",
+    )
     loss_type: Literal["l2", "huber", "smooth_l1"] = key("l2", "Distance between prediction and target.")
     huber_c: float = key(0.1, "Constant c of `huber` and `smooth_l1`.", gt=0)
