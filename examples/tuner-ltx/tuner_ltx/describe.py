@@ -1,0 +1,109 @@
+"""What an LTX-Video model is, from its config files: no torch, no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.errors import ModelError
+from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+
+if TYPE_CHECKING:
+    from tuner.config.keys import CoreConfig
+
+REPOSITORY = "Lightricks/LTX-Video"
+TRANSFORMER = "LTXVideoTransformer3DModel"
+TEXT_TOKENS = 128
+"""As ``LTXPipeline`` pads its prompts."""
+FEED_FORWARD = 4
+"""The feed-forward is this many times as wide as the network: diffusers' own, not in config.json."""
+LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def describe(core: CoreConfig, frame_rate: float) -> ModelSpec:
+    """The ModelSpec of the configured model. Raises ModelError where its config files are missing or another's."""
+    transformer, vae = read_config(core, "transformer"), read_config(core, "vae")
+    return ModelSpec(
+        family="ltx",
+        flavour="ltx-video",
+        base=base_of(core),
+        networks=(_network(transformer, where=base_of(core)),),
+        latents=_geometry(vae),
+        size_multiple=_geometry(vae).stride_space,
+        fps=frame_rate,
+        adapter_targets=tuple(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LINEARS),
+        encoders={"text": ("text_encoder",), "video": ("vae",)},
+        rename=(("proj_in", "patchify_proj"), ("time_embed.linear", "adaln_single.linear")),
+        defaults={
+            "validation_noise_scheduler": "euler",
+            "validation_num_inference_steps": 50,
+            "validation_guidance": 3.0,
+        },
+    )
+
+
+def _network(config: dict[str, Any], where: str) -> NetworkSpec:
+    if config.get("_class_name") != TRANSFORMER:
+        raise ModelError(f"the transformer is {config.get('_class_name')!r}", where=where, allowed=TRANSFORMER)
+    if (config["patch_size_t"], config["patch_size"]) != (1, 1):
+        raise ModelError("the transformer cuts latents into patches, which no LTX-Video does", where=where)
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    return NetworkSpec(
+        name="transformer",
+        blocks=config["num_layers"],
+        dim=dim,
+        heads=config["num_attention_heads"],
+        ffn_dim=FEED_FORWARD * dim,
+        text_dim=config["caption_channels"],
+        text_tokens=TEXT_TOKENS,
+        in_channels=config["in_channels"],
+        patch=(1, 1, 1),
+    )
+
+
+def _geometry(vae: dict[str, Any]) -> LatentGeometry:
+    """Strides as ``AutoencoderKLLTXVideo`` computes them: 8 in time and 32 in space."""
+    halvings = sum(vae["spatio_temporal_scaling"])
+    return LatentGeometry(
+        channels=vae["latent_channels"],
+        stride_time=vae.get("temporal_compression_ratio") or vae["patch_size_t"] * 2**halvings,
+        stride_space=vae.get("spatial_compression_ratio") or vae["patch_size"] * 2**halvings,
+    )
+
+
+def base_of(core: CoreConfig) -> str:
+    """The folder or hub repository of the model."""
+    return core.pretrained_model_name_or_path or REPOSITORY
+
+
+def local_folder(core: CoreConfig) -> Path | None:
+    """The model's folder, or None for a hub repository. Raises ModelError for a path that leads nowhere."""
+    base = base_of(core)
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return folder
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        raise ModelError(f"there is no folder {base!r}", remedy=f"name a folder, or a repository such as {REPOSITORY}")
+    return None
+
+
+def read_config(core: CoreConfig, part: str) -> dict[str, Any]:
+    """``config.json`` of a part, from the folder or, a few kilobytes, from the hub. Raises ModelError without one."""
+    folder = local_folder(core)
+    try:
+        path = folder / part / "config.json" if folder else _from_hub(core, f"{part}/config.json")
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except Exception as error:  # whatever the hub's client and its transports raise
+        raise ModelError(
+            f"cannot read {part}/config.json: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
+            where=base_of(core),
+            remedy=f"use a model in the diffusers layout, such as {REPOSITORY}",
+        ) from error
+    return config
+
+
+def _from_hub(core: CoreConfig, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(base_of(core), file, revision=core.revision))
