@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tuner.testing.contract import FamilyContract, PluginContract
 from tuner_ltx.tiny import build_tiny
+
+from tuner.testing.contract import FamilyContract, PluginContract
 
 
 class TestLtxPlugin(PluginContract):

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+from tuner_ltx import LtxPlugin
+from tuner_ltx.sampling import make_scheduler
+from tuner_ltx.tiny import build_tiny
 
 from tuner.blocks import RouteRequest, StepContext, TokenRoute
 from tuner.errors import ConfigError, ModelError
 from tuner.model import Model, SampleRequest
 from tuner.testing.family import CAPTIONS, FamilyBench
-from tuner_ltx import LtxPlugin
-from tuner_ltx.sampling import make_scheduler
-from tuner_ltx.tiny import build_tiny
 
 CLIP = (9, 64, 96)
 GRID = (2, 2, 3)
@@ -128,12 +128,13 @@ def test_a_routed_forward_gathers_and_scatters(
 
 
 def test_captions_are_the_pipelines(bench: FamilyBench, pipeline: LTXPipeline) -> None:
-    model = bench.hand_over()
-    states, mask, _, _ = pipeline.encode_prompt(list(CAPTIONS), do_classifier_free_guidance=False)
-    for index, encoded in enumerate(bench.encode_captions(model, CAPTIONS)):
-        length = int(mask[index].sum())
-        assert len(encoded["states"]) == len(encoded["mask"]) == length
-        torch.testing.assert_close(encoded["states"], states[index, :length], rtol=1e-5, atol=1e-6)
+    for caption in (*CAPTIONS, ""):
+        encoded = bench.encode_captions(bench.hand_over(), (caption,))[0]
+        states, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+        length = int(mask.sum())
+        assert len(encoded["mask"]) == length
+        # Not bit for bit: kernels round by where in memory the weights were put.
+        torch.testing.assert_close(encoded["states"], states[0, :length], rtol=1e-4, atol=1e-5)
 
 
 def test_latents_are_normalised_as_the_pipeline_undoes_it(folder: Path, bench: FamilyBench) -> None:

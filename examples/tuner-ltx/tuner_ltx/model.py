@@ -69,9 +69,11 @@ class LtxModel(Model):
 
 def pack(latents: Tensor) -> Tensor:
     """Tokens (B, F' * h * w, C) of latents (B, C, F', h, w): one for each place, frames outermost."""
-    return latents.flatten(2).transpose(1, 2)
+    tokens: Tensor = latents.flatten(2).transpose(1, 2)
+    return tokens
 
 
 def unpack(tokens: Tensor, grid: Sequence[int]) -> Tensor:
     """Latents (B, C, F', h, w) of tokens (B, F' * h * w, C): what :func:`pack` undoes."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    latents: Tensor = tokens.transpose(1, 2).unflatten(2, tuple(grid))
+    return latents
