@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
 from tuner_ltx import LtxPlugin
+from tuner_ltx.model import pack
 from tuner_ltx.sampling import make_scheduler
 from tuner_ltx.tiny import build_tiny
 
@@ -29,10 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny(tmp_path_factory.mktemp("base") / "tiny-ltx", layers=LAYERS)
 
 
-@pytest.fixture(scope="module")
-def bench(folder: Path) -> FamilyBench:
+def bench_of(folder: Path) -> FamilyBench:
     plugin = LtxPlugin("ltx", LtxPlugin.Config())
     return FamilyBench(plugin, {"pretrained_model_name_or_path": str(folder)}, CLIP)
+
+
+@pytest.fixture(scope="module")
+def bench(folder: Path) -> FamilyBench:
+    return bench_of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +153,8 @@ def test_latents_are_normalised_as_the_pipeline_undoes_it(folder: Path, bench: F
 
 def request(model: Model, bench: FamilyBench, **changes: Any) -> SampleRequest:
     prompt, negative = bench.encode_captions(model, ("a red circle moves", ""))
-    settings = {"steps": 2, "guidance": 3.0, "seed": 5, "scheduler": "euler", "flow_shift": None} | changes
+    settings: dict[str, Any] = {"steps": 2, "guidance": 3.0, "seed": 5, "scheduler": "euler", "flow_shift": None}
+    settings |= changes
     return SampleRequest(prompt=prompt, negative=negative, width=CLIP[2], height=CLIP[1], frames=CLIP[0], **settings)
 
 
@@ -177,16 +184,53 @@ def test_a_shift_replaces_the_models_own(bench: FamilyBench) -> None:
     assert not torch.equal(own, shifted)
 
 
-def test_a_sampler_that_the_pipeline_cannot_use_is_refused() -> None:
+def test_a_decoder_that_takes_a_time_decodes_as_in_the_pipeline(tmp_path: Path) -> None:
+    """The VAE of LTX-Video 0.9.1."""
+    bench = bench_of(build_tiny(tmp_path / "timed", timed_decoder=True))
+    model, pipeline = bench.load(), LTXPipeline.from_pretrained(tmp_path / "timed")
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, *bench.spec.latents.shape(*CLIP), generator=torch.Generator().manual_seed(0))
+    sizes = {"num_frames": CLIP[0], "height": CLIP[1], "width": CLIP[2]}
+    # With steps that change nothing the pipeline only decodes.
+    pipeline.scheduler.step = lambda velocity, time, sample, return_dict: (sample,)
+    theirs = pipeline("", latents=pack(latents), num_inference_steps=2, output_type="pt", **sizes).frames[0]
+    expected = theirs.permute(0, 2, 3, 1).mul(255)
+    torch.testing.assert_close(model.decode(latents).float(), expected, rtol=0, atol=0.51)
+
+
+def test_names_of_lora_layers_are_those_of_ltx_own_code(bench: FamilyBench) -> None:
+    """Against the table with which diffusers reads LTX's own files, the other way round."""
+    from diffusers.loaders.single_file_utils import convert_ltx_transformer_checkpoint_to_diffusers
+
+    layers = [name for name, module in bench.load().network.module.named_modules() if type(module) is torch.nn.Linear]
+    named = {f"{bench.spec.original_name(name)}.weight": torch.zeros(1) for name in layers}
+    assert {f"{name}.weight" for name in layers} == set(convert_ltx_transformer_checkpoint_to_diffusers(named))
+
+
+def test_a_sampler_that_the_pipeline_cannot_use_is_refused(bench: FamilyBench) -> None:
+    """At the start already, where the user named it."""
     with pytest.raises(ConfigError, match="unipc"):
         make_scheduler("unipc", {}, None)
+    bench.run.explicit = frozenset({"validation_noise_scheduler"})
+    with pytest.raises(ConfigError, match="unipc"):
+        bench.hook.check_model(run=bench.run, spec=bench.spec)
 
 
-def test_another_familys_folder_is_refused(tmp_path: Path, folder: Path) -> None:
-    for part in ("transformer", "vae"):
-        (tmp_path / part).mkdir()
-        text = (folder / part / "config.json").read_text(encoding="utf-8")
-        changed = text.replace("LTXVideoTransformer3DModel", "WanTransformer3DModel")
-        (tmp_path / part / "config.json").write_text(changed, encoding="utf-8")
-    with pytest.raises(ModelError, match="WanTransformer3DModel"):
-        FamilyBench(LtxPlugin("ltx", LtxPlugin.Config()), {"pretrained_model_name_or_path": str(tmp_path)}, CLIP)
+@pytest.mark.parametrize(
+    ("file", "before", "after", "problem"),
+    [
+        ("transformer/config.json", "LTXVideoTransformer3DModel", "WanTransformer3DModel", "WanTransformer3DModel"),
+        ("transformer/config.json", '"in_channels": 128', '"in_channels": 16', "takes 16 channels, the VAE makes 128"),
+        ("model_index.json", "LTXPipeline", "LTXConditionPipeline", "LTXConditionPipeline"),
+        ("vae/config.json", "}", "", "cannot read vae/config.json"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, folder: Path, file: str, before: str, after: str, problem: str
+) -> None:
+    changed = Path(shutil.copytree(folder, tmp_path / "changed")) / file
+    text = changed.read_text(encoding="utf-8")
+    assert before in text
+    changed.write_text(text.replace(before, after), encoding="utf-8")
+    with pytest.raises(ModelError, match=problem):
+        bench_of(tmp_path / "changed")

@@ -44,7 +44,11 @@ class LtxPlugin(Plugin[LtxConfig]):
 
     @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:
-        """Say which of the keys that were set do nothing here."""
+        """Refuse samplers that cannot render it, and say which of the keys that were set do nothing here."""
+        from tuner_ltx.describe import check_sampler
+
+        if "validation_noise_scheduler" in run.explicit:
+            check_sampler(run.config.validation_noise_scheduler)
         for name in UNUSED:
             if run.is_main and name in run.explicit:
                 run.log.warning("%s does nothing: LTX-Video is one folder or repository", name)

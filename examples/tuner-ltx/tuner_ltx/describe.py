@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import ModelError
+from tuner.errors import ConfigError, ModelError, nearest
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
 
 if TYPE_CHECKING:
@@ -19,11 +19,27 @@ TEXT_TOKENS = 128
 FEED_FORWARD = 4
 """The feed-forward is this many times as wide as the network: diffusers' own, not in config.json."""
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+EMBEDDER = "emb.timestep_embedder"
+RENAME = (
+    ("proj_in", "patchify_proj"),
+    ("time_embed.linear", "adaln_single.linear"),
+    *((f"time_embed.{EMBEDDER}.{each}", f"adaln_single.{EMBEDDER}.{each}") for each in ("linear_1", "linear_2")),
+)
+"""Modules that LTX's own code, and so files for others, call otherwise."""
+SAMPLERS = ("euler", "euler-beta")
+"""``LTXPipeline`` sets its own noise levels, which only these take."""
 
 
 def describe(core: CoreConfig, frame_rate: float) -> ModelSpec:
     """The ModelSpec of the configured model. Raises ModelError where its config files are missing or another's."""
+    _check_pipeline(core)
     transformer, vae = read_config(core, "transformer"), read_config(core, "vae")
+    if transformer.get("in_channels") != vae["latent_channels"]:
+        raise ModelError(
+            f"the transformer takes {transformer.get('in_channels')} channels, the VAE makes {vae['latent_channels']}",
+            where=base_of(core),
+            remedy="take both from one model",
+        )
     return ModelSpec(
         family="ltx",
         flavour="ltx-video",
@@ -34,13 +50,35 @@ def describe(core: CoreConfig, frame_rate: float) -> ModelSpec:
         fps=frame_rate,
         adapter_targets=tuple(f"{attention}.{linear}" for attention in ("attn1", "attn2") for linear in LINEARS),
         encoders={"text": ("text_encoder",), "video": ("vae",)},
-        rename=(("proj_in", "patchify_proj"), ("time_embed.linear", "adaln_single.linear")),
+        rename=RENAME,
         defaults={
             "validation_noise_scheduler": "euler",
             "validation_num_inference_steps": 50,
             "validation_guidance": 3.0,
         },
     )
+
+
+def check_sampler(name: str) -> None:
+    """Raise ConfigError unless the pipeline can render with the sampler ``name``."""
+    if name not in SAMPLERS:
+        raise ConfigError(
+            f"LTX-Video cannot be rendered with validation_noise_scheduler {name!r}",
+            allowed=SAMPLERS,
+            nearest=nearest(name, SAMPLERS),
+        )
+
+
+def _check_pipeline(core: CoreConfig) -> None:
+    """Refuse LTX-Video 0.9.5 and later: their pipeline counts positions in time otherwise."""
+    pipeline = read_json(core, "model_index.json").get("_class_name")
+    if pipeline != "LTXPipeline":
+        raise ModelError(
+            f"the model is one of diffusers' {pipeline}",
+            where=base_of(core),
+            allowed="models of LTXPipeline: LTX-Video 0.9 and 0.9.1",
+            remedy=f"use {REPOSITORY}",
+        )
 
 
 def _network(config: dict[str, Any], where: str) -> NetworkSpec:
@@ -89,14 +127,19 @@ def local_folder(core: CoreConfig) -> Path | None:
 
 
 def read_config(core: CoreConfig, part: str) -> dict[str, Any]:
-    """``config.json`` of a part, from the folder or, a few kilobytes, from the hub. Raises ModelError without one."""
+    """``config.json`` of a part. Raises ModelError without one."""
+    return read_json(core, f"{part}/config.json")
+
+
+def read_json(core: CoreConfig, file: str) -> dict[str, Any]:
+    """A JSON file of the model's, from the folder or, a few kilobytes, from the hub. Raises ModelError without one."""
     folder = local_folder(core)
     try:
-        path = folder / part / "config.json" if folder else _from_hub(core, f"{part}/config.json")
+        path = folder / file if folder else _from_hub(core, file)
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except Exception as error:  # whatever the hub's client and its transports raise
         raise ModelError(
-            f"cannot read {part}/config.json: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
+            f"cannot read {file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}",
             where=base_of(core),
             remedy=f"use a model in the diffusers layout, such as {REPOSITORY}",
         ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tuner.errors import ConfigError
+from tuner_ltx.describe import check_sampler
 from tuner_ltx.encode import padded
 from tuner_ltx.model import unpack
 
@@ -64,10 +64,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], shift: float | None) ->
     """The sampler called ``name``: with the model's own shift, by the size of the clip, or with a fixed ``shift``."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    if name not in ("euler", "euler-beta"):
-        raise ConfigError(
-            f"LTX-Video cannot be rendered with validation_noise_scheduler {name!r}", allowed=("euler", "euler-beta")
-        )
+    check_sampler(name)
     options: dict[str, Any] = {"use_beta_sigmas": name == "euler-beta"}
     if shift is not None:
         options |= {"use_dynamic_shifting": False, "shift_terminal": None, "shift": shift}

@@ -20,16 +20,24 @@ CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?
 TEXT_WIDTH = 16
 
 
-def build_tiny(path: Path, *, layers: int = 4, heads: int = 2, head_dim: int = 12, seed: int = 0) -> Path:
+def build_tiny(
+    path: Path, *, layers: int = 4, heads: int = 2, head_dim: int = 16, timed_decoder: bool = False, seed: int = 0
+) -> Path:
     """Write a tiny model to the folder ``path`` and return it. Raises ModelError rather than overwrite anything."""
     if path.exists():
         raise ModelError(f"will not overwrite {str(path)!r}", remedy="choose another folder")
-    tiny_pipeline(layers=layers, heads=heads, head_dim=head_dim, seed=seed).save_pretrained(path)
+    pipeline = tiny_pipeline(layers=layers, heads=heads, head_dim=head_dim, timed_decoder=timed_decoder, seed=seed)
+    pipeline.save_pretrained(path)
     return path
 
 
-def tiny_pipeline(*, layers: int = 4, heads: int = 2, head_dim: int = 12, seed: int = 0) -> LTXPipeline:
-    """The pipeline that :func:`build_tiny` saves. Leaves torch's global generator as it was."""
+def tiny_pipeline(
+    *, layers: int = 4, heads: int = 2, head_dim: int = 16, timed_decoder: bool = False, seed: int = 0
+) -> LTXPipeline:
+    """The pipeline that :func:`build_tiny` saves; with ``timed_decoder`` its VAE takes a time, as that of 0.9.1.
+
+    Leaves torch's global generator as it was.
+    """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
 
@@ -44,7 +52,7 @@ def tiny_pipeline(*, layers: int = 4, heads: int = 2, head_dim: int = 12, seed: 
                 num_layers=layers,
                 caption_channels=TEXT_WIDTH,
             ),
-            vae=_vae(),
+            vae=_vae(timed_decoder),
             text_encoder=_text_encoder(len(tokenizer)),
             tokenizer=tokenizer,
             scheduler=FlowMatchEulerDiscreteScheduler(
@@ -53,7 +61,7 @@ def tiny_pipeline(*, layers: int = 4, heads: int = 2, head_dim: int = 12, seed: 
         )
 
 
-def _vae() -> AutoencoderKLLTXVideo:
+def _vae(timed_decoder: bool) -> AutoencoderKLLTXVideo:
     import torch
     from diffusers import AutoencoderKLLTXVideo
 
@@ -62,6 +70,7 @@ def _vae() -> AutoencoderKLLTXVideo:
         decoder_block_out_channels=(8,) * 4,
         layers_per_block=(1,) * 5,
         decoder_layers_per_block=(1,) * 5,
+        timestep_conditioning=timed_decoder,
     )
     vae.latents_mean.copy_(torch.linspace(-0.1, 0.1, 128))
     vae.latents_std.copy_(torch.linspace(0.5, 1.5, 128))
