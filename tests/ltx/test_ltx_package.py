@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +20,6 @@ TOKENS = 2 * (WIDTH // 32) * (HEIGHT // 32)
 """More than the 1024 that a chunk of the feed-forward has at least."""
 STEPS, LAYERS = 3, 4
 
-BUILD = """
-import sys
-from pathlib import Path
-from tuner_ltx.tiny import build_tiny
-build_tiny(Path(sys.argv[1]), layers=int(sys.argv[2]))
-"""
-
 TRAIN = """
 import json, sys
 from collections import Counter
@@ -35,7 +27,7 @@ from pathlib import Path
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
-import tuner, tuner_ltx
+import tuner, tuner_ltx.tiny
 from tuner import pipeline
 from tuner.assembly import assemble
 from tuner_offload.streaming import BlockStreaming
@@ -53,7 +45,9 @@ def watched(owner, name, note):
 watched(LTXVideoTransformerBlock, "forward", lambda tokens, *_: seen["blocks"].update([tokens.shape[1]]))
 watched(FeedForward, "forward", lambda tokens, *_: seen["chunks"].update([tokens.shape[1]]))
 watched(BlockStreaming, "enter", lambda index: seen.update(streamed=seen["streamed"] + 1))
-assembly = assemble(json.loads(Path(sys.argv[1]).read_text()))
+keys = json.loads(Path(sys.argv[1]).read_text())
+tuner_ltx.tiny.build_tiny(Path(keys["pretrained_model_name_or_path"]), layers=int(sys.argv[2]))
+assembly = assemble(keys)
 pipeline.run(assembly)
 seen["plugins"] = sorted(assembly.plugins)
 seen["from"] = [tuner.__file__, tuner_ltx.__file__]
@@ -61,39 +55,34 @@ print(json.dumps(seen))
 """
 
 
-def python(site: Path, *arguments: object) -> str:
-    """What a fresh interpreter prints that finds ``site`` before all else. Raises AssertionError when it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=site, capture_output=True, text=True, check=False)
+def run(*command: object, **options: Any) -> str:
+    """What a command prints. Raises AssertionError when it fails."""
+    done = subprocess.run([*map(str, command)], **options, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+def python(site: Path, *arguments: object) -> str:
+    """What a fresh interpreter prints that finds ``site`` before all else."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return run(sys.executable, *arguments, env=environment, cwd=site)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh folder with the wheels of the core and of the family installed in it."""
     root = tmp_path_factory.mktemp("wheels")
-    source, target = root / "tuner-ltx", root / "site"
-    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(root), str(ROOT), str(source)]
-    subprocess.run([*pip, *wheels], check=True, capture_output=True, text=True)
-    built = sorted(map(str, root.glob("*.whl")))
-    assert len(built) == 2
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(target), *built], check=True)
+    target = root / "site"
+    for project in (ROOT, PACKAGE):
+        run(sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", root, cwd=project)
+    wheels = sorted(root.glob("*.whl"))
+    assert len(wheels) == 2
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "install", "--no-deps", "--no-index", "--target", target, *wheels)
     return target
 
 
-@pytest.fixture(scope="module")
-def model(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, written by the installed package."""
-    folder = tmp_path_factory.mktemp("model") / "tiny-ltx"
-    python(site, "-c", BUILD, folder, LAYERS)
-    return folder
-
-
-def config(folder: Path, model: Path) -> dict[str, Any]:
+def config(folder: Path) -> dict[str, Any]:
     clips = folder / "clips"
     clips.mkdir()
     for index in range(2):
@@ -113,7 +102,7 @@ def config(folder: Path, model: Path) -> dict[str, Any]:
     text = {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": str(folder / "cache" / "text")}
     return {
         "model_family": "ltx",
-        "pretrained_model_name_or_path": str(model),
+        "pretrained_model_name_or_path": str(folder / "model"),
         "output_dir": str(folder / "output"),
         "mixed_precision": "no",
         "max_train_steps": STEPS,
@@ -129,10 +118,10 @@ def config(folder: Path, model: Path) -> dict[str, Any]:
     }
 
 
-def test_it_trains_with_features_that_do_not_know_it(site: Path, model: Path, tmp_path: Path) -> None:
+def test_it_trains_with_features_that_do_not_know_it(site: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config(tmp_path, model)), encoding="utf-8")
-    seen = json.loads(python(site, "-c", TRAIN, path).splitlines()[-1])
+    path.write_text(json.dumps(config(tmp_path)), encoding="utf-8")
+    seen = json.loads(python(site, "-c", TRAIN, path, LAYERS).splitlines()[-1])
     assert all(Path(each).is_relative_to(site) for each in seen["from"])
     assert {"ltx", "tread", "chunked_ff", "offload"} <= set(seen["plugins"])
     # Each block runs in forward and again in backward; the middle ones see half of the tokens.
@@ -142,7 +131,7 @@ def test_it_trains_with_features_that_do_not_know_it(site: Path, model: Path, tm
     assert seen["streamed"] == STEPS * 2 * LAYERS
     log = [json.loads(line) for line in (tmp_path / "output" / "train.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
-    check_lora(tmp_path / "output" / f"checkpoint-{STEPS}", model)
+    check_lora(tmp_path / "output" / f"checkpoint-{STEPS}", tmp_path / "model")
 
 
 def check_lora(checkpoint: Path, model: Path) -> None:
