@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from tuner.errors import PluginError, nearest
-from tuner.hookspecs import PROJECT, REQUIRED, SINGLE, HookSpecs
+from tuner.hookspecs import PROJECT, REQUIRED, SINGLE, HookSpecs, hook_names
 
 if TYPE_CHECKING:
     from tuner.plugin import AnyPlugin
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 USUAL = {"prepare_data": "datasets", "plan_epochs": "epochs"}
 """Who answers the required hooks that are no model family's."""
-_SPECS = {
-    name: tuple(inspect.signature(spec).parameters)[1:]
-    for name, spec in vars(HookSpecs).items()
-    if hasattr(spec, "tuner_spec")
-}
+_SPECS = {name: tuple(inspect.signature(getattr(HookSpecs, name)).parameters)[1:] for name in hook_names()}
 """Hook name to its argument names."""
 
 

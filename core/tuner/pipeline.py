@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner import output, processes
+from tuner import output, processes, workload
 from tuner.attention import EXACT, AttentionBackend
 from tuner.train import checkpoint, optimizers, schedules
 
@@ -61,8 +62,9 @@ def survey(assembly: Assembly) -> Survey:
     wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
     prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
     plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=1)
+    run.total_steps = schedules.total_steps(run.config, plan)
     hook.data_ready(run=run, spec=spec, data=prepared, plan=plan)
-    return Survey(run, spec, prepared, plan, schedules.total_steps(run.config, plan))
+    return Survey(run, spec, prepared, plan, run.total_steps)
 
 
 def describe(run: Run, manager: Manager) -> ModelSpec:
@@ -73,6 +75,7 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     run.data_sources = manager.registry("data_sources", run)
     plain = manager.unwrapped("compute_loss")
     run.plain_loss = lambda model, batch: plain(run=run, model=model, batch=batch)
+    run.estimate = partial(workload.of, run, spec, manager)
     manager.hook.check_model(run=run, spec=spec)
     return spec
 

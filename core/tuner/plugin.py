@@ -78,6 +78,9 @@ class Plugin(Generic[C]):
     """Capabilities, such as ``model-family`` or ``token-router``."""
     values: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Values of core keys that this plugin serves, such as ``{"attention_mechanism": {"flex"}}``."""
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    """Settings of keys that save memory, the cheapest first: ``tuner plan --fit`` tries them in a config, whether this
+    plugin is loaded yet or not."""
     Config: ClassVar[type[PluginConfig]] = PluginConfig
 
     def __init__(self, name: str, config: C) -> None:

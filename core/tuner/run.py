@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from tuner.blocks import TokenSelector
     from tuner.config.keys import CoreConfig
     from tuner.data.encode import CachedData
+    from tuner.data.samples import Bucket
     from tuner.data.source import Source
     from tuner.model import Batch, Loss, Model
     from tuner.plugin import AnyPlugin
-    from tuner.spec import ModelSpec
+    from tuner.spec import ModelSpec, NetworkSpec
+    from tuner.workload import Workload
 
 log = logging.getLogger("tuner")
 
@@ -45,6 +47,11 @@ class Run:
     """Ways to choose the tokens that a route keeps, by name; set once the model is described."""
     step: int = 0
     """Optimizer steps done."""
+    total_steps: int = 0
+    """Optimizer steps of the whole run; set once the epochs are planned."""
+    estimate: Callable[[NetworkSpec, Bucket, int], Workload] | None = None
+    """What a step costs: the workload of a network on so many clips of a bucket at once; set once the model is
+    described."""
     process_index: int = 0
     process_count: int = 1
     data_sources: Mapping[str, Source] = field(default_factory=dict)

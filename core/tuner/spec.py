@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ class LatentGeometry:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """One matrix of a block, for the FLOP model, the memory model and the size of adapters."""
+
+    name: str
+    """The end of its module's name, such as ``attn1.to_q``."""
+    inputs: int
+    outputs: int
+    over: Literal["tokens", "text"] = "tokens"
+    """What it is applied to: every token of the clip, or the text."""
+
+
+@dataclass(frozen=True)
 class NetworkSpec:
     """Dimensions of one denoiser, for the routes, the FLOP model and the memory model."""
 
@@ -52,6 +65,23 @@ class NetworkSpec:
     """What people call it beside others of its model, such as ``high_noise``; empty where it is alone."""
     sigma_range: tuple[float, float] = (0.0, 1.0)
     """The noise levels this network is trained on (half open at the low end's upper bound)."""
+    linears: tuple[Linear, ...] = ()
+    """The matrices of one block; a family that names none is taken for self-attention, cross-attention on the text
+    and a feed-forward of two (see :attr:`matrices`)."""
+    small: int = 0
+    """Parameters of one block that are in no matrix: biases, norms, modulation."""
+    other: int = 0
+    """Parameters outside the blocks."""
+
+    @property
+    def matrices(self) -> tuple[Linear, ...]:
+        """``linears``, or those of the usual block of this width."""
+        dim, wide = self.dim, self.ffn_dim
+        usual = [Linear(f"self.{each}", dim, dim) for each in ("q", "k", "v", "out")]
+        usual += [Linear("cross.q", dim, dim), Linear("cross.out", dim, dim)]
+        usual += [Linear("cross.k", dim, dim, "text"), Linear("cross.v", dim, dim, "text")]
+        usual += [Linear("ffn.up", dim, wide), Linear("ffn.down", wide, dim)]
+        return self.linears or tuple(usual)
 
     def tokens(self, latent_frames: int, latent_height: int, latent_width: int) -> int:
         """Length S of the sequence that the blocks see."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuner.hookspecs import HookSpecs
+from tuner.hookspecs import HookSpecs, hook_names
 from tuner.manager import hooks_of
 from tuner.selection import discover
 from tuner.testing import hooks_page
@@ -17,7 +17,7 @@ from tuner.testing.toy import ToyPlugin
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
-HOOKS = hooks_page.hook_names()
+HOOKS = hook_names()
 
 
 def test_the_page_is_the_one_that_is_generated() -> None:
@@ -25,7 +25,7 @@ def test_the_page_is_the_one_that_is_generated() -> None:
 
 
 def test_every_hook_specification_is_marked() -> None:
-    assert set(HOOKS) == {name for name in vars(HookSpecs) if not name.startswith("_")}
+    assert set(HOOKS) == {name for name in dir(HookSpecs) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -47,4 +47,17 @@ class ModelKeys(PluginConfig):
         "diffusers",
         "Attention kernel: `diffusers` or `auto` is the best exact one; other values come from attention plugins.",
     )
-    gradient_checkpointing: bool = key(True, "Recompute each block in backward instead of keeping its activations.")
+    gradient_checkpointing: bool | Literal["selective", "offload"] = key(
+        True,
+        "What is kept of a block for backward. `true`: its input, the rest is computed again; `selective`: also the "
+        "output of self-attention, so that it is computed once; `offload`: its input, in host memory; `false`: all.",
+    )
+    gradient_checkpointing_interval: int = key(
+        1, "Checkpoint every so many-th block, and keep all of the others.", ge=1
+    )
+
+    @property
+    def checkpointing(self) -> Literal["none", "full", "selective", "offload"]:
+        """The value of ``gradient_checkpointing`` by name."""
+        chosen = self.gradient_checkpointing
+        return ("full" if chosen else "none") if isinstance(chosen, bool) else chosen

@@ -7,8 +7,7 @@ import re
 import textwrap
 from typing import Any
 
-from tuner import hookspecs
-from tuner.hookspecs import REQUIRED, SINGLE, HookSpecs
+from tuner.hookspecs import REQUIRED, SINGLE, HookSpecs, hook_names
 
 SECTIONS = ("Called", "Arguments", "Returns")
 EXAMPLE = "Example::"
@@ -30,11 +29,6 @@ or an argument name that is not below is an error before anything is loaded.
 A hook may also wrap the others of its name, as in pluggy: `@tuner.hookimpl(wrapper=True)`. Wrappers do not
 count as answers.
 """
-
-
-def hook_names() -> list[str]:
-    """The names of all hooks, in the order a run calls them."""
-    return [name for name, member in vars(HookSpecs).items() if hasattr(member, f"{hookspecs.PROJECT}_spec")]
 
 
 def signature(name: str) -> str:

@@ -80,7 +80,7 @@ class Session:
         hook = self.manager.hook.route_tokens
         return StepContext(
             router=(lambda request: hook(run=self.run, request=request) or ()) if hook.get_hookimpls() else None,
-            checkpointing=self.run.config.gradient_checkpointing,
+            checkpointing=self.run.config.checkpointing != "none",
             residency=self.model.network.residency,
             keep_at_least=batch.keep_at_least,
             positions=batch.positions,

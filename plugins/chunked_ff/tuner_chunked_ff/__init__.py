@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tuner import Plugin, PluginConfig, hookimpl, key
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
     from tuner.model import Model, Transform
     from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.workload import Workload
 
 TOKENS_PER_UNIT = 1024
 """Tokens in a chunk for each unit of ``feed_forward_chunk_size``."""
@@ -49,6 +51,13 @@ class ChunkedFeedForwardPlugin(Plugin[ChunkedFeedForwardConfig]):
         """Say so where a chunk size is set that nothing uses."""
         if "feed_forward_chunk_size" in run.explicit and not self.config.enable_chunked_feed_forward:
             run.log.warning("feed_forward_chunk_size has no effect without enable_chunked_feed_forward")
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """Tokens that a feed-forward layer computes at a time."""
+        if not self.config.enable_chunked_feed_forward:
+            return {}
+        return {"feed_forward_tokens": self.config.feed_forward_chunk_size * TOKENS_PER_UNIT}
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:

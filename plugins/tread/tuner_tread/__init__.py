@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tuner.model import Model
     from tuner.run import Run
     from tuner.spec import ModelSpec
+    from tuner.workload import Workload
 
 
 UNIFORM = "uniform"
@@ -88,6 +89,16 @@ class TreadPlugin(Plugin[TreadConfig]):
 
         for network in spec.networks:
             resolve(self.config.tread_config, network.blocks, f"tread_config, for {network.name!r} of {spec.flavour}")
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """The share of the tokens that each block does not see."""
+        if self.config.tread_config is None:
+            return {}
+        from tuner_tread.ranges import dropped_shares, resolve
+
+        blocks = workload.network.blocks
+        return {"dropped": dropped_shares(resolve(self.config.tread_config, blocks), blocks)}
 
     @hookimpl
     def on_train_start(self, run: Run, model: Model) -> None:

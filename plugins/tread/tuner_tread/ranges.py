@@ -73,6 +73,12 @@ def _overlap(route: RouteSettings, start: int, index: int, before: Sequence[Bloc
     )
 
 
+def dropped_shares(ranges: Sequence[BlockRange], blocks: int) -> tuple[float, ...]:
+    """Share of the tokens that each of so many blocks does not see."""
+    routed = {block: each.ratio for each in ranges for block in range(each.start, each.stop)}
+    return tuple(routed.get(block, 0.0) for block in range(blocks))
+
+
 def remaining_share(ranges: Sequence[BlockRange], blocks: int) -> tuple[float, float]:
     """Share of the blocks' work that is left: (per-token work, self-attention), each in (0, 1].
 

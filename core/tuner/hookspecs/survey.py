@@ -1,0 +1,190 @@
+"""Before any weight is read: config, the model's facts, the data."""
+
+# Specifications have docstrings and no bodies.
+# mypy: disable-error-code="empty-body"
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tuner.hookspecs.markers import hookspec
+
+if TYPE_CHECKING:
+    from tuner.blocks import TokenSelector
+    from tuner.data.order import Order
+    from tuner.data.samples import Prepared, Sample
+    from tuner.data.source import Source
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.workload import Workload
+
+
+class SurveyHooks:
+    """Before any weight is read: config, the model's facts, the data."""
+
+    @hookspec
+    def configure(self, run: Run) -> None:
+        """Check what only the whole selection can tell.
+
+        Called: all, after every config is valid and before any weight is read; also by ``tuner check``.
+        Arguments: ``run``, without device and model spec.
+        Returns: nothing; raises ConfigError to refuse.
+
+        Example::
+
+            @hookimpl
+            def configure(self, run):
+                if self.config.enable_model_cpu_offload and self.config.enable_group_offload:
+                    raise ConfigError("enable_model_cpu_offload and enable_group_offload exclude each other")
+        """
+
+    @hookspec(firstresult=True)
+    def describe_model(self, run: Run) -> ModelSpec:
+        """Say what the model is, without weights and without torch.
+
+        Called: one, before everything that needs dimensions: ``check``, buckets, data report, routes.
+        Arguments: ``run``, without device and model spec.
+        Returns: a ModelSpec, from the model's config.json or a table of flavours.
+
+        Example::
+
+            @hookimpl
+            def describe_model(self, run):
+                from my_family.describe import read_spec
+                return read_spec(run.config.pretrained_model_name_or_path)
+        """
+
+    @hookspec
+    def token_selectors(self, run: Run) -> Mapping[str, TokenSelector]:
+        """Offer ways to choose which tokens a route keeps.
+
+        Called: all, once, after ``describe_model``; also by ``tuner check``, so import torch in the selector's body.
+        Arguments: ``run``.
+        Returns: name -> a function ``(run, request, purpose) -> scores (B, S)``: a route keeps the tokens of the
+        lowest scores. What is random in it comes from ``run.rng(purpose, position)``. A name offered twice is an
+        error. The merged mapping is ``run.token_selectors``.
+
+        Example::
+
+            @hookimpl
+            def token_selectors(self, run):
+                return {"loudest": lambda run, request, purpose: -request.tokens.float().norm(dim=-1)}
+        """
+
+    @hookspec
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Check this plugin's keys against the model's dimensions.
+
+        Called: all, right after ``describe_model``; also by ``tuner check``.
+        Arguments: ``run``; ``spec``, what ``describe_model`` answered.
+        Returns: nothing; raises ConfigError to refuse.
+
+        Example::
+
+            @hookimpl
+            def check_model(self, run, spec):
+                check_routes(self.config.tread_config.routes, spec.networks[0].blocks)
+        """
+
+    @hookspec
+    def data_sources(self, run: Run) -> Mapping[str, Source]:
+        """Offer places that the files of a dataset may come from.
+
+        Called: all, once, after ``describe_model``; also by ``tuner check``.
+        Arguments: ``run``.
+        Returns: value of an entry's ``type`` -> a Source (``tuner.data.source``): the keys that its entries have,
+        and a function that lists their files, fetched where they are elsewhere. A name offered twice is an error.
+        The merged mapping is ``run.data_sources``.
+
+        Example::
+
+            @hookimpl
+            def data_sources(self, run):
+                return {"archive": ArchiveSource()}
+        """
+
+    @hookspec(firstresult=True)
+    def prepare_data(self, run: Run, spec: ModelSpec) -> Prepared:
+        """Say what is trained on: samples with their files, captions, buckets and views.
+
+        Called: one (the built-in ``datasets``), after the model is described and before any weight is read; also by
+        ``tuner check``.
+        Arguments: ``run``; ``spec``, what ``describe_model`` answered.
+        Returns: a Prepared (``tuner.data.samples``). The same files and keys must give the same answer in every
+        process and in every run.
+
+        Example::
+
+            @hookimpl
+            def prepare_data(self, run, spec):
+                from my_archive.prepare import prepare
+                return prepare(self.config.archive, spec)
+        """
+
+    @hookspec(firstresult=True)
+    def plan_epochs(self, run: Run, spec: ModelSpec, data: Prepared, processes: int) -> Order:
+        """Say which samples each optimizer step trains on.
+
+        Called: one (the built-in ``epochs``), after the data are prepared, also by ``tuner check``; and again after the
+        cache is built, when files had to be left out because they could not be encoded.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered; ``processes``, how many train.
+        Returns: an Order (``tuner.data.order``): a pure function of seed and step.
+
+        Example::
+
+            @hookimpl
+            def plan_epochs(self, run, spec, data, processes):
+                from my_curriculum.order import EasyFirst
+                return EasyFirst(data, run.config, processes)
+        """
+
+    @hookspec
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
+        """Look at the data before any weight is read: warn, refuse, or write a report of it.
+
+        Called: all, right after ``plan_epochs``, also by ``tuner check``; and again after the cache is built, when
+        files had to be left out because they could not be encoded. Files are written by the main process only.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered; ``plan``, what ``plan_epochs`` did.
+        Returns: nothing; raises ConfigError or DataError to refuse.
+
+        Example::
+
+            @hookimpl
+            def data_ready(self, run, spec, data, plan):
+                if any(sample.companion("mask") for sample in data.samples):
+                    run.log.warning("masks were found to do harm with this model")
+        """
+
+    @hookspec
+    def extra_samples(self, run: Run, spec: ModelSpec, data: Prepared) -> Iterable[Sample]:
+        """Name clips and pictures to encode beside the datasets' own, such as the first frames of validation clips.
+
+        Called: all, after ``prepare_data`` and before ``data_ready``, also by ``tuner check``.
+        Arguments: ``run``; ``spec``; ``data``, what ``prepare_data`` answered.
+        Returns: Samples (``tuner.data.samples``) with ids of their own. They are never trained on; their encodings are
+        at ``run.cached.video(sample)`` once the cache is built, and those that could not be encoded are missing from
+        ``run.cached.prepared.extra``.
+
+        Example::
+
+            @hookimpl
+            def extra_samples(self, run, spec, data):
+                return [replace(data.samples[0], sample_id="my_plugin/first")]
+        """
+
+    @hookspec
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """Say what this plugin changes about the speed and the memory of a training step.
+
+        Called: all, when a step's cost is asked for (``run.estimate``), also by ``tuner check`` and ``tuner plan``;
+        any number of times, so compute from the config alone, without torch.
+        Arguments: ``run``; ``spec``; ``workload``, of one network and one shape of clips, without any plugin.
+        Returns: name of a field of Workload (``tuner.workload``) -> its value with this plugin; ``{}`` changes
+        nothing. A field that two plugins answer for is an error.
+
+        Example::
+
+            @hookimpl
+            def estimate(self, run, spec, workload):
+                return {"feed_forward_tokens": 1024 * self.config.feed_forward_chunk_size}
+        """

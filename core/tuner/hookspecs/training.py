@@ -1,0 +1,131 @@
+"""Training, validation, saving."""
+
+# Specifications have docstrings and no bodies.
+# mypy: disable-error-code="empty-body"
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.hookspecs.markers import hookspec
+
+if TYPE_CHECKING:
+    from tuner.blocks import RouteRequest, TokenRoute
+    from tuner.model import Batch, Loss, Model
+    from tuner.run import Run
+    from tuner.validate.results import Validation
+
+
+class TrainingHooks:
+    """Training, validation, saving."""
+
+    @hookspec
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Training is about to begin (or to go on after a resume).
+
+        Called: all, once, with everything placed and restored.
+        Arguments: ``run``; ``model``.
+        Returns: nothing.
+
+        Example::
+
+            @hookimpl
+            def on_train_start(self, run, model):
+                run.log.info("training %s", model.spec.flavour)
+        """
+
+    @hookspec(firstresult=True)
+    def compute_loss(self, run: Run, model: Model, batch: Batch) -> Loss:
+        """Predict and compare: the loss of one micro-batch.
+
+        Called: one, for each micro-batch, with gradients and autocast on. Plugins that change how a loss
+        is made wrap it with ``@hookimpl(wrapper=True)`` and may replace the batch's noise fields.
+        Arguments: ``run``; ``model``; ``batch``, with noise, sigmas and target drawn by the core.
+        Returns: a Loss per sample (``tuner.flow.loss`` makes it from a prediction).
+
+        Example::
+
+            @hookimpl
+            def compute_loss(self, run, model, batch):
+                prediction = model.network.module(batch.noisy, batch.sigmas * 1000, batch.text["states"])
+                return flow.loss(run.config, prediction, batch)
+        """
+
+    @hookspec(firstresult=True)
+    def route_tokens(self, run: Run, request: RouteRequest) -> Sequence[TokenRoute]:
+        """Say which tokens which blocks skip in this forward.
+
+        Called: at most one, by the block driver, once per training forward; never in validation or recomputation.
+        Arguments: ``run``; ``request``: block count, detached tokens, grid, forced tokens, positions.
+        Returns: disjoint TokenRoutes.
+
+        Example::
+
+            @hookimpl
+            def route_tokens(self, run, request):
+                return [TokenRoute(2, 28, keep)]
+        """
+
+    @hookspec
+    def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
+        """An optimizer step is done.
+
+        Called: all, after each optimizer step; must not synchronise with the device unless it has to.
+        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_step_end(self, run, model, metrics):
+                self.average.update(model.network.adapter)
+        """
+
+    @hookspec
+    def validate(self, run: Run, model: Model) -> Validation | None:
+        """Look at what the model has learnt.
+
+        Called: all, every ``validation_step_interval`` steps and at the end, in evaluation mode, without gradients,
+        on every process; and one plugin alone where its ``validates_at`` says so.
+        Arguments: ``run``; ``model``.
+        Returns: a Validation (``tuner.validate.results``) of metrics, reported as ``plugin/key``, and media; or None.
+
+        Example::
+
+            @hookimpl
+            def validate(self, run, model):
+                return Validation(metrics={"weight_norm": norm(model.network.adapter)})
+        """
+
+    @hookspec
+    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
+        """Write what people use elsewhere: LoRA files, exported weights.
+
+        Called: all, at every checkpoint and at the end, on every process (gathers are collective); the main one writes.
+        Arguments: ``run``; ``model``; ``directory``, made for this save: write nowhere else.
+        Returns: the files written; the core hashes them into the checkpoint's manifest.
+
+        Example::
+
+            @hookimpl
+            def save(self, run, model, directory):
+                path = directory / "notes.txt"
+                path.write_text(f"step {run.step}")
+                return [path]
+        """
+
+    @hookspec
+    def on_train_end(self, run: Run, model: Model) -> None:
+        """Training is over and the result is saved.
+
+        Called: all, once.
+        Arguments: ``run``; ``model``.
+        Returns: nothing.
+
+        Example::
+
+            @hookimpl
+            def on_train_end(self, run, model):
+                run.log.info("done after %d steps", run.step)
+        """
