@@ -183,7 +183,7 @@ def facts(calls: list[tuple[str, Any, dict[str, Any]]], hook: str) -> list[dict[
 
 def test_the_scribe_knows_every_hook_but_the_familys(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     called = {name for name, _, _ in calls}
-    on_demand = {"quantizers", "attention_backends", "estimate"}  # asked only where the config names a value
+    on_demand = {"quantizers", "attention_backends", "estimate", "memory_advice"}  # asked only where the config names a value
     assert set(hook_names()) - called == REQUIRED - {"compute_loss"} | on_demand
 
 

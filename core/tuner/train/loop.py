@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import Stopped
-from tuner.train import checkpoint
+from tuner.errors import Stopped, TrainingError
+from tuner.train import checkpoint, memory
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
 from tuner.train.progress import TrainProgress, showing
@@ -30,24 +30,53 @@ def train(session: Session) -> Path:
     saved: Path | None = None
     with watch() as interrupt, showing(run.step, session.total) as progress:
         while run.step < session.total and interrupt.requested is None:
-            began = time.perf_counter()
-            result = train_step(session)
-            run.step += 1
-            seconds = time.perf_counter() - began
-            last = run.step == session.total
-            asked = None if last or _due(run.step, config.validation_step_interval) else _asking(session)
-            metrics = {}
-            if asked is None or asked:
-                metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
-            _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
-            if last or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
-                saved = save(session)
+            try:
+                _iterate(session, log, progress)
+                if run.step == session.total or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
+                    saved = save(session)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                raise _out_of_memory(session, error) from None
     log.close()
     if run.step < session.total:
         raise _stopped(session, interrupt, saved)
     session.manager.hook.on_train_end(run=run, model=session.model)
     assert saved is not None  # the last step always saves
     return saved
+
+
+def _iterate(session: Session, log: StepLog, progress: TrainProgress) -> None:
+    """One step, its validation if one is due, and its line in the log, which is written even where that fails."""
+    run, config = session.run, session.run.config
+    began = time.perf_counter()
+    result = train_step(session)
+    run.step += 1
+    seconds = time.perf_counter() - began
+    last = run.step == session.total
+    asked = None if last or _due(run.step, config.validation_step_interval) else _asking(session)
+    metrics: dict[str, float] = {}
+    try:
+        if asked is None or asked:
+            metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
+    finally:
+        _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
+
+
+def _out_of_memory(session: Session, error: Exception) -> TrainingError:
+    """Let go of the step, save what was done before it, and say what would help."""
+    run = session.run
+    held = memory.held(session)
+    memory.release(session, error)
+    if session.stepping:
+        # Some weights were changed and some were not: they belong in no checkpoint.
+        kept = "the optimizer was cut short, so what is in memory was not saved; earlier checkpoints are whole"
+    elif run.step == 0:
+        kept = "no step was done"
+    else:
+        done = checkpoint.folder(run.output_dir, run.step)
+        kept = f"every step that was done is in {done if done.exists() else save(session)}"
+    return memory.explained(session, error, held, kept)
 
 
 def save(session: Session) -> Path:

@@ -44,6 +44,8 @@ class Session:
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)
     """Networks whose gradients were not looked at yet."""
+    stepping: bool = False
+    """Whether an optimizer is changing the weights, or was when something went wrong."""
     _resident: str | None = None
 
     def __post_init__(self) -> None:

@@ -65,7 +65,9 @@ def train_step(session: Session) -> StepResult:
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.unchecked.discard(network.name)
+        session.stepping = True
         optimizer.step()
+        session.stepping = False
     optimizer.zero_grad(set_to_none=True)
     if not finite:
         _nonfinite(session, value, norm_value, seen)
