@@ -1,4 +1,4 @@
-"""The output folder and what the run says about itself: lock, manifest, and the lines printed at start and end."""
+"""The output folder and what it says of its run: lock, manifest, and what changed since a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner import __version__
 from tuner.errors import CheckpointError
-from tuner.train import schedules
 from tuner.train.checkpoint import without_secrets
-from tuner.train.log import NAME as LOG_NAME
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
     from tuner.run import Run
 
 LOCK = ".tuner-lock"
-WEIGHTS = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
-"""Files of a checkpoint that other programs load."""
 RECORDED = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
 
 
@@ -84,24 +80,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def show_survey(found: Survey) -> None:
-    """The model, and the length of the run."""
-    config = found.run.config
-    per_step = " to ".join(map(str, sorted({*found.plan.samples_per_step})))
-    print(
-        f"model: {found.spec.family} {found.spec.flavour} from {found.spec.base}\n"
-        f"run: {found.total} steps of {per_step} samples, {found.plan.steps_per_epoch} steps per epoch, "
-        f"{found.plan.epochs_in(found.total):.1f} epochs"
-    )
-    for note in [*found.plan.notes, *found.plan.never_shown(found.total)]:
-        print(note)
-    if config.lr_warmup_steps and not schedules.warmup_steps(config, found.total):
-        print(
-            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {found.total} steps: there is no warm-up, "
-            f"the whole run follows lr_scheduler {config.lr_scheduler}"
-        )
-
-
 def show_resume(run: Run, path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], passed: list[str]) -> None:
     """Where the run goes on from, and what is not as it was."""
     for line in passed:
@@ -121,20 +99,3 @@ def show_resume(run: Run, path: Path, saved: Mapping[str, Any], now: Mapping[str
     )
     if changed:
         run.log.warning("changed since that checkpoint: %s", ", ".join(changed))
-
-
-def show_finished(found: Survey, path: Path) -> None:
-    """There is nothing left to train."""
-    print(f"nothing to train: {path} is at step {found.total} of {found.total}; raise max_train_steps to go on")
-    show_result(found, path)
-
-
-def show_result(found: Survey, saved: Path) -> None:
-    """Where people find what the run made."""
-    output_dir = found.run.output_dir
-    lines = [("checkpoint", saved)]
-    lines += [("weights", path) for pattern in WEIGHTS for path in sorted(saved.glob(pattern))]
-    lines += [("videos", path) for path in [output_dir / "validation"] if path.is_dir()]
-    lines += [("log", output_dir / LOG_NAME)]
-    for label, path in lines:
-        print(f"{label + ':':<12}{path}")

@@ -7,6 +7,8 @@ refused is refused before any weight is read.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,9 +101,8 @@ def attention_backend(run: Run, manager: Manager) -> AttentionBackend | None:
 
 
 def check(assembly: Assembly) -> None:
-    """Everything ``run`` does before it reads weights; prints the data report and what would happen."""
-    found = survey(assembly)
-    output.show_survey(found)
+    """Everything ``run`` does before it reads weights; the plugins say what would happen."""
+    survey(assembly)
 
 
 def cache(assembly: Assembly, *, verify: bool = False) -> None:
@@ -114,8 +115,6 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
     with processes.joined():
         with processes.together():
             found = survey(assembly)
-            if found.run.is_main:
-                output.show_survey(found)
         Engine(found.run, several=True)
         with processes.together():
             model: Model = assembly.manager.hook.load_model(run=found.run)
@@ -131,12 +130,12 @@ def run(assembly: Assembly) -> None:
     with processes.joined(), processes.together():
         processes.refuse_several()
     found = survey(assembly)
-    output.show_survey(found)
     resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
     if resume is not None and resume[1]["step"] >= found.total:
-        output.show_finished(found, resume[0])
+        print(f"nothing to train: {resume[0]} is at step {found.total} of it; raise max_train_steps to go on")
+        assembly.manager.notify("on_run_end", run=found.run, checkpoint=resume[0], error=None)
         return
-    with output.lock(found.run.output_dir):
+    with output.lock(found.run.output_dir), _ended(assembly, found.run) as ended:
         engine = Engine(found.run)
         model: Model = assembly.manager.hook.load_model(run=found.run)
         edits = transforms.collect(found.run, model, assembly.manager)
@@ -145,8 +144,23 @@ def run(assembly: Assembly) -> None:
             transforms.prepare(found.run, network, edits)
             if len(model.networks) > 1:
                 turns.leave(network)  # to the host, until its turn comes
-        saved = _train(assembly, found, engine, model, cached, plan, resume)
-    output.show_result(found, saved)
+        ended.append(_train(assembly, found, engine, model, cached, plan, resume))
+
+
+@contextmanager
+def _ended(assembly: Assembly, run: Run) -> Iterator[list[Path]]:
+    """Tell the plugins that the run is over, however it ends. Yields a list for the last checkpoint's folder."""
+    saved: list[Path] = []
+    failure: BaseException | None = None
+    try:
+        yield saved
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        facts = {"run": run, "checkpoint": saved[0] if saved else None, "error": failure}
+        for name, fault in assembly.manager.notify("on_run_end", **facts):
+            run.log.warning("plugin %r failed in on_run_end: %s", name, fault)
 
 
 def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = False) -> tuple[CachedData, Order]:

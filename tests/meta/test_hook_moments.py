@@ -103,6 +103,10 @@ class Scribe(Plugin[PluginConfig]):
     def on_train_end(self, run, model):
         self.note("on_train_end", run)
 
+    @hookimpl
+    def on_run_end(self, run, checkpoint, error):
+        self.note("on_run_end", run, checkpoint=checkpoint and checkpoint.name, error=error)
+
     def state_dict(self):
         return {"calls": len(CALLS)}
 
@@ -183,7 +187,7 @@ def facts(calls: list[tuple[str, Any, dict[str, Any]]], hook: str) -> list[dict[
 
 def test_the_scribe_knows_every_hook_but_the_familys(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     called = {name for name, _, _ in calls}
-    on_demand = {"quantizers", "attention_backends", "estimate", "memory_advice"}  # asked only where the config names a value
+    on_demand = {"quantizers", "attention_backends", "estimate", "memory_advice"}  # only where someone asks
     assert set(hook_names()) - called == REQUIRED - {"compute_loss"} | on_demand
 
 
@@ -209,7 +213,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
         expected += [("validate", done)] if done % 2 == 0 else []
         expected += [("on_step_end", done)]
         expected += [("save", done)] if done % 2 == 0 else []
-    assert moments == [*expected, ("on_train_end", 4)]
+    assert moments == [*expected, ("on_train_end", 4), ("on_run_end", 4)]
 
 
 def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
@@ -221,6 +225,7 @@ def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[s
     assert facts(calls, "data_ready") == [{"samples": 2}]
     assert facts(calls, "model_transforms") == [{"meta": True}]
     assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]
+    assert facts(calls, "on_run_end") == [{"checkpoint": "checkpoint-4", "error": None}]
     assert all(each == {"training": False, "gradients": False} for each in facts(calls, "validate"))
 
 

@@ -89,6 +89,10 @@ class TestSources(PluginContract):
     plugin = "sources"
 
 
+class TestStatus(PluginContract):
+    plugin = "status"
+
+
 class TestTread(PluginContract):
     plugin = "tread"
 

@@ -10,5 +10,6 @@ BUILTINS = {
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",
+    "status": "tuner.builtin.status:StatusPlugin",
 }
 """Plugin name to ``module:Class``."""

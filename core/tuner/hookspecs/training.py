@@ -72,7 +72,9 @@ class TrainingHooks:
         """An optimizer step is done.
 
         Called: all, after each optimizer step; must not synchronise with the device unless it has to.
-        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers.
+        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers:
+        ``loss``, ``grad_norm``, ``learning_rate``, ``samples``, ``seconds`` of the step alone, and what
+        ``compute_loss`` measured.
         Returns: nothing; an exception is logged with the plugin's name and does not end the run.
 
         Example::
@@ -144,4 +146,20 @@ class TrainingHooks:
             @hookimpl
             def on_train_end(self, run, model):
                 run.log.info("done after %d steps", run.step)
+        """
+
+    @hookspec
+    def on_run_end(self, run: Run, checkpoint: Path | None, error: BaseException | None) -> None:
+        """The run is over, however it ended: put away what was opened.
+
+        Called: all, once, after ``on_train_end`` or instead of it, also when nothing was left to train.
+        Arguments: ``run``; ``checkpoint``: the folder of the last checkpoint, where training came to its end;
+        ``error``: what ended the run before that, or None.
+        Returns: nothing; an exception is logged with the plugin's name.
+
+        Example::
+
+            @hookimpl
+            def on_run_end(self, run, checkpoint, error):
+                self.tracker.close()
         """

@@ -11,7 +11,6 @@ from tuner.errors import Stopped, TrainingError
 from tuner.train import checkpoint, memory
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
-from tuner.train.progress import TrainProgress, showing
 from tuner.train.session import Session
 from tuner.train.step import StepResult, train_step
 from tuner.validate.stage import validate
@@ -28,10 +27,10 @@ def train(session: Session) -> Path:
     log = StepLog(run.output_dir, resumed_at=run.step)
     session.manager.hook.on_train_start(run=run, model=session.model)
     saved: Path | None = None
-    with watch() as interrupt, showing(run.step, session.total) as progress:
+    with watch() as interrupt:
         while run.step < session.total and interrupt.requested is None:
             try:
-                _iterate(session, log, progress)
+                _iterate(session, log)
                 if run.step == session.total or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
                     saved = save(session)
             except Exception as error:
@@ -46,7 +45,7 @@ def train(session: Session) -> Path:
     return saved
 
 
-def _iterate(session: Session, log: StepLog, progress: TrainProgress) -> None:
+def _iterate(session: Session, log: StepLog) -> None:
     """One step, its validation if one is due, and its line in the log, which is written even where that fails."""
     run, config = session.run, session.run.config
     began = time.perf_counter()
@@ -60,7 +59,7 @@ def _iterate(session: Session, log: StepLog, progress: TrainProgress) -> None:
         if asked is None or asked:
             metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
     finally:
-        _report(session, log, progress, result, {"seconds": round(seconds, 4), **metrics})
+        _report(session, log, result, {"seconds": round(seconds, 4), **metrics})
 
 
 def _out_of_memory(session: Session, error: Exception) -> TrainingError:
@@ -101,17 +100,14 @@ def _asking(session: Session) -> list[str]:
     return [name for name, plugin in session.run.plugins.items() if plugin.validates_at(step, ended)]
 
 
-def _report(
-    session: Session, log: StepLog, progress: TrainProgress, result: StepResult, more: Mapping[str, float]
-) -> None:
-    """The step's line in the log, its progress, and the plugins that listen."""
+def _report(session: Session, log: StepLog, result: StepResult, more: Mapping[str, float]) -> None:
+    """The step's line in the log, and the plugins that listen."""
     run = session.run
-    progress.update(run.step, result.loss, result.learning_rate)
     if len(more) > 1 or _due(run.step, run.config.logging_steps) or run.step == session.total:
         log.write(run.step, {**_line(session, result), **more})
-    for name, error in session.manager.notify(
-        "on_step_end", run=run, model=session.model, metrics={"loss": result.loss, **result.metrics}
-    ):
+    measured = {name: getattr(result, name) for name in ("loss", "grad_norm", "learning_rate", "samples")}
+    metrics = {**measured, "seconds": more["seconds"], **result.metrics}
+    for name, error in session.manager.notify("on_step_end", run=run, model=session.model, metrics=metrics):
         run.log.warning("plugin %r failed in on_step_end: %s", name, error)
 
 

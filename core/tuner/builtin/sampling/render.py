@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tuner import __version__
 from tuner.builtin.sampling.images import encoded_images, picture_name
+from tuner.builtin.sampling.media import poster, write_mp4, write_png
 from tuner.builtin.sampling.prompts import Prompt
 from tuner.builtin.sampling.settings import Settings
 from tuner.builtin.sampling.sheet import Row, write_contact_sheet
 from tuner.data.progress import progress
 from tuner.files import atomic_write_text
 from tuner.model import Model
-from tuner.validate.media import poster, write_mp4, write_png
 
 if TYPE_CHECKING:
     import numpy as np

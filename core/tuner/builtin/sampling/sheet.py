@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.builtin.sampling.media import evenly
 from tuner.files import atomic_path
-from tuner.validate.media import evenly
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tuner.console import console
 
@@ -59,13 +57,3 @@ class TrainProgress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
-
-
-@contextmanager
-def showing(done: int, total: int) -> Iterator[TrainProgress]:
-    """A :class:`TrainProgress` that is closed whatever happens."""
-    progress = TrainProgress(done, total)
-    try:
-        yield progress
-    finally:
-        progress.close()

@@ -1,0 +1,87 @@
+"""What a run says of itself while it goes: what it is, how far it is, and where its results are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tuner.hookspecs import hookimpl
+from tuner.plugin import Plugin, PluginConfig
+
+if TYPE_CHECKING:
+    from tuner.builtin.status.progress import TrainProgress
+    from tuner.data.order import Order
+    from tuner.data.samples import Prepared
+    from tuner.model import Model
+    from tuner.run import Run
+    from tuner.spec import ModelSpec
+
+WEIGHTS = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
+"""Files of a checkpoint that other programs load."""
+
+
+class StatusPlugin(Plugin[PluginConfig]):
+    """Model and length of the run, a progress bar with the time left, and where to find the results."""
+
+    def __init__(self, name: str, config: PluginConfig) -> None:
+        super().__init__(name, config)
+        self._progress: TrainProgress | None = None
+
+    @hookimpl
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
+        """The model, and the length of the run."""
+        if run.is_main:
+            print("\n".join(_summary(run, spec, plan)))
+
+    @hookimpl
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Show the bar."""
+        from tuner.builtin.status.progress import TrainProgress
+
+        if run.is_main:
+            self._progress = TrainProgress(run.step, run.total_steps)
+
+    @hookimpl
+    def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
+        """Move it on."""
+        if self._progress is not None:
+            self._progress.update(run.step, metrics["loss"], metrics["learning_rate"])
+
+    @hookimpl
+    def on_run_end(self, run: Run, checkpoint: Path | None, error: BaseException | None) -> None:
+        """Take the bar away; after a run that came to its end, say where its results are."""
+        if self._progress is not None:
+            self._progress.close()
+        if run.is_main and error is None and checkpoint is not None:
+            print("\n".join(f"{label + ':':<12}{path}" for label, path in _results(run.output_dir, checkpoint)))
+
+
+def _summary(run: Run, spec: ModelSpec, plan: Order) -> Iterator[str]:
+    from tuner.train import schedules
+
+    config, total = run.config, run.total_steps
+    per_step = " to ".join(map(str, sorted({*plan.samples_per_step})))
+    yield f"model: {spec.family} {spec.flavour} from {spec.base}"
+    yield (
+        f"run: {total} steps of {per_step} samples, {plan.steps_per_epoch} steps per epoch, "
+        f"{plan.epochs_in(total):.1f} epochs"
+    )
+    yield from plan.notes
+    yield from plan.never_shown(total)
+    if config.lr_warmup_steps and not schedules.warmup_steps(config, total):
+        yield (
+            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {total} steps: there is no warm-up, "
+            f"the whole run follows lr_scheduler {config.lr_scheduler}"
+        )
+
+
+def _results(output_dir: Path, checkpoint: Path) -> Iterator[tuple[str, Path]]:
+    from tuner.train.log import NAME
+
+    yield "checkpoint", checkpoint
+    yield from (("weights", path) for pattern in WEIGHTS for path in sorted(checkpoint.glob(pattern)))
+    videos = output_dir / "validation"
+    if videos.is_dir():
+        yield "videos", videos
+    yield "log", output_dir / NAME
