@@ -22,8 +22,8 @@ from tuner.testing.toy.describe import ToyDimensions
 from tuner.testing.toy.networks import ToyTransformer
 from tuner.testing.toy.stack import ToyStack
 from tuner_tread import RouteSettings, TreadConfig, TreadPlugin, TreadSettings, uniform
-from tuner_tread.ranges import BlockRange, remaining_share, resolve
-from tuner_tread.routing import draw_routes, keep_count, lowest
+from tuner_tread.ranges import BlockRange, keep_count, remaining_share, resolve
+from tuner_tread.routing import draw_routes, lowest
 
 GOLDEN = Path(__file__).parent / "golden"
 HALF = (BlockRange(1, 3, 0.5),)

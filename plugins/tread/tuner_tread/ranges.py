@@ -42,6 +42,22 @@ def resolve(settings: TreadSettings, blocks: int, where: str = "tread_config") -
     return tuple(ranges)
 
 
+def keep_count(tokens: int, ratio: float, at_least: int = 0) -> int:
+    """K: how many of so many tokens a route keeps that drops ``ratio`` of them (round half to even)."""
+    return max(tokens - round(tokens * ratio), at_least)
+
+
+def check_clip(ranges: Sequence[BlockRange], tokens: int, clip: str) -> None:
+    """Raise ConfigError where a route would keep none of the ``tokens`` of a clip, which the error calls ``clip``."""
+    for index, route in enumerate(ranges):
+        if keep_count(tokens, route.ratio) < 1:
+            raise ConfigError(
+                f"routes[{index}]: selection_ratio {route.ratio} keeps none of the {tokens} tokens of {clip}",
+                where="tread_config",
+                remedy="lower selection_ratio, or train on larger or longer clips",
+            )
+
+
 def _block(value: int, blocks: int) -> int:
     """The block that ``value`` names; negative values count from the end."""
     return value + blocks if value < 0 else value

@@ -8,41 +8,41 @@ import torch
 from torch import Tensor
 
 from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
-from tuner.errors import ConfigError
 from tuner.run import Run
-from tuner_tread.ranges import BlockRange
-
-
-def keep_count(tokens: int, ratio: float, at_least: int = 0) -> int:
-    """K: how many of so many tokens a route keeps that drops ``ratio`` of them (round half to even)."""
-    return max(tokens - round(tokens * ratio), at_least)
+from tuner_tread.ranges import BlockRange, check_clip, keep_count
 
 
 def draw_routes(
-    run: Run, request: RouteRequest, ranges: Sequence[BlockRange], select: TokenSelector
+    run: Run, request: RouteRequest, ranges: Sequence[BlockRange], select: TokenSelector, share: float = 1.0
 ) -> list[TokenRoute]:
     """The routes of one training forward, their tokens chosen by ``select``; one that keeps every token is left out.
 
     Forced tokens are kept whatever their scores.
+
+    Arguments
+        share: of each range's ratio, what counts at this step (see :func:`tuner_tread.schedule.share_at`).
 
     Raises ConfigError where a route would keep no token of a clip as short as this one.
     """
     tokens = request.tokens.shape[1]
     routes = []
     for index, blocks in enumerate(ranges):
-        keep = keep_count(tokens, blocks.ratio, request.keep_at_least)
+        keep = keep_count(tokens, blocks.ratio * share, request.keep_at_least)
         if keep < 1:
-            raise ConfigError(
-                f"routes[{index}]: selection_ratio {blocks.ratio} keeps none of the {tokens} tokens of a clip",
-                where="tread_config",
-                remedy="lower selection_ratio, or train on larger or longer clips",
-            )
+            check_clip(ranges, tokens, "a clip")
         if keep < tokens:
             scores = select(run, request, f"tread.{index}")
             if request.forced is not None:
                 scores = scores.masked_fill(request.forced, float("-inf"))
             routes.append(TokenRoute(blocks.start, blocks.stop, lowest(scores, keep)))
     return routes
+
+
+def skipped(routes: Sequence[TokenRoute], request: RouteRequest) -> float:
+    """Share of the passes of a token through a block that the routes of one forward leave out, in [0, 1)."""
+    tokens = request.tokens.shape[1]
+    left_out = sum((route.stop - route.start) * (tokens - route.keep.shape[1]) for route in routes)
+    return left_out / (request.blocks * tokens)
 
 
 def draw_scores(run: Run, request: RouteRequest, purpose: str) -> Tensor:
