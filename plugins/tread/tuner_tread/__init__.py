@@ -102,7 +102,7 @@ class TreadPlugin(Plugin[TreadConfig]):
             )
         idle = sorted(run.explicit & {"tread_selector", "tread_ratio_schedule", "tread_warmup_steps"})
         if config.tread_config is None and idle:
-            run.log.warning("without tread_config no token is dropped: %s has no effect", ", ".join(idle))
+            run.log.warning("without effect, as there is no tread_config: %s", ", ".join(idle))
 
     @hookimpl
     def token_selectors(self, run: Run) -> Mapping[str, TokenSelector]:
