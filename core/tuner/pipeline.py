@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuner import output, processes, workload
-from tuner.attention import EXACT, AttentionBackend
+from tuner import attention, output, processes, workload
 from tuner.train import checkpoint, optimizers, schedules
 
 if TYPE_CHECKING:
@@ -89,15 +88,6 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
         return None
     bucket = max(counts, key=lambda each: (counts[each], each))
     return bucket.frames, bucket.height, bucket.width
-
-
-def attention_backend(run: Run, manager: Manager) -> AttentionBackend | None:
-    """The kernel that ``attention_mechanism`` names, from the plugins' registry; None is the core's own choice."""
-    name = run.config.attention_mechanism
-    if name in EXACT:
-        return None
-    backend: AttentionBackend = manager.registry("attention_backends", run)[name]
-    return backend
 
 
 def check(assembly: Assembly) -> None:
@@ -211,8 +201,9 @@ def _train(
         caption_dropout=run.config.caption_dropout_probability,
     )
     manifest = output.manifest(assembly, found)
-    attention = attention_backend(run, assembly.manager)
-    session = Session(run, assembly.manager, model, engine, plan, loader, found.total, manifest, attention)
+    backends = assembly.manager.registry("attention_backends", run)
+    kernels = attention.choose(run.config.attention_mechanism, run.config.attention_usage, backends)
+    session = Session(run, assembly.manager, model, engine, plan, loader, found.total, manifest, kernels)
     if resume is not None:
         path, saved, passed = resume
         session.restore(path)

@@ -142,13 +142,15 @@ def test_training_gradients_do_not_notice_a_validation_in_between(network, used)
     assert set(used) == {NATIVE}
 
 
-def test_no_backend_changes_nothing(network):
+def test_no_backend_is_the_default_for_as_long_as_it_lasts(network):
+    set_backend(network, flex())
     with validation_backend(network, None):
         assert chosen(network) == [None] * 4
+    assert chosen(network) == [FLEX] * 4
 
 
 def test_set_and_unset(network, used):
-    set_backend(network, "flex")
+    set_backend(network, flex())
     assert chosen(network) == [FLEX] * 4
     set_backend(network, None)
     assert chosen(network) == [None] * 4
@@ -156,7 +158,7 @@ def test_set_and_unset(network, used):
 
 def test_an_unknown_kernel_is_named_with_its_nearest(network):
     with pytest.raises(ConfigError, match="'felx'") as error:
-        set_backend(network, "felx")
+        set_backend(network, AttentionBackend("felx"))
     assert "did you mean 'flex'?" in str(error.value)
     assert chosen(network) == [None] * 4
 
@@ -164,7 +166,7 @@ def test_an_unknown_kernel_is_named_with_its_nearest(network):
 def test_a_kernel_this_machine_lacks_says_what_to_install(network):
     with (
         pytest.raises(ConfigError, match=r"install `sageattention>="),
-        validation_backend(network, AttentionBackend("sage", trains=False)),
+        validation_backend(network, AttentionBackend("sage")),
     ):
         pass
     assert chosen(network) == [None] * 4
@@ -173,7 +175,7 @@ def test_a_kernel_this_machine_lacks_says_what_to_install(network):
 def test_a_network_without_switchable_attention_is_refused(network):
     network.attention_processors = tuple
     with pytest.raises(ConfigError, match="no switchable attention"):
-        set_backend(network, "flex")
+        set_backend(network, flex())
     set_backend(network, None)
 
 

@@ -43,17 +43,20 @@ def assembled(folder: Path, config: dict[str, Any]) -> Assembly:
     return assemble(read_settings(path, [], {}))
 
 
-def test_the_users_config_passes_unchanged_and_every_key_has_an_owner(tmp_path: Path) -> None:
+def test_the_users_config_passes_unchanged_and_every_key_has_an_owner(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     config = seed_config()
     assembly = assembled(tmp_path, config)
     assert "wan" in assembly.plugins
     assert assembly.notes == ()
-    assert assembly.explicit == set(config) - {"attention_mechanism"}, "Sage falls back with a warning"
-    assert any("sageattention" in warning for warning in assembly.warnings)
+    assert assembly.explicit == set(config)
+    assert "'sageattention' needs a CUDA device: the exact kernel is used here" in caplog.text
     assert any("wandb" in warning for warning in assembly.warnings)
     core = assembly.core
     assert (core.push_to_hub, core.max_grad_norm, core.validation_guidance_skip_layers) == (True, 0.01, [9])
-    assert core.attention_mechanism == "diffusers"
+    assert core.attention_mechanism == "sageattention"
     assert assembly.plugins["lora"].config.lora_rank == 16
 
 

@@ -90,17 +90,6 @@ def test_a_value_that_nothing_provides_is_an_error_with_the_nearest(catalog: Cat
     text = refusal({**FAMILY, "base_model_precision": "int7-fak"}, catalog)
     assert 'base_model_precision is "int7-fak", which nothing provides' in text
     assert "did you mean 'int7-fake'?" in text
-    assert "did you mean 'sageattention'?" in refusal({**FAMILY, "attention_mechanism": "sageatention"}, catalog)
-
-
-def test_a_value_to_come_is_a_warning_that_says_what_it_will_need(catalog: Catalog) -> None:
-    assembly = assemble({**FAMILY, "attention_mechanism": "sageattention"}, catalog=catalog)
-    assert assembly.core.attention_mechanism == "diffusers"
-    [warning] = assembly.warnings
-    assert "the best exact kernel of this device is used instead" in warning
-    assert "CUDA device" in warning
-    assert "pip install" in warning
-    assert "which nothing provides" in refusal({**FAMILY, "attention_mechanism": "sageattention"}, catalog, strict=True)
 
 
 def test_everything_wrong_with_a_config_comes_in_one_message_with_its_place(catalog: Catalog) -> None:

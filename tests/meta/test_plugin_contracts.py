@@ -43,6 +43,22 @@ class TestEvaluation(PluginContract):
     legacy_keys = frozenset({"eval_epoch_interval", "eval_max_samples", "eval_steps_interval", "eval_timesteps"})
 
 
+class TestExactAttention(PluginContract):
+    plugin = "exact_attention"
+
+
+class TestFlash(PluginContract):
+    plugin = "flash"
+
+
+class TestSageAttention(PluginContract):
+    plugin = "sageattention"
+
+
+class TestXformers(PluginContract):
+    plugin = "xformers"
+
+
 class TestFlex(PluginContract):
     plugin = "flex"
 

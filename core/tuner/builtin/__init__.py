@@ -4,6 +4,7 @@ BUILTINS = {
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
     "epochs": "tuner.builtin.epochs:EpochsPlugin",
+    "exact_attention": "tuner.builtin.exact_attention:ExactAttentionPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",

@@ -47,6 +47,9 @@ class ModelKeys(PluginConfig):
         "diffusers",
         "Attention kernel: `diffusers` or `auto` is the best exact one; other values come from attention plugins.",
     )
+    attention_usage: Literal["training", "inference", "both"] | None = key(
+        None, "Where that kernel is used; in both, and one without a backward in inference only, when absent."
+    )
     gradient_checkpointing: bool | Literal["selective", "offload"] = key(
         True,
         "What is kept of a block for backward. `true`: its input, the rest is computed again; `selective`: also the "

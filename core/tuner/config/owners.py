@@ -18,7 +18,6 @@ from tuner.config.describe import facts
 from tuner.config.faults import join, shown
 from tuner.config.keys import CoreConfig
 from tuner.config.load import bare_name
-from tuner.config.warnings import PENDING_VALUES, pending_value
 from tuner.errors import ConfigError, PluginError, TunerError, nearest
 from tuner.selection import Catalog, Selection, Wanted
 
@@ -223,8 +222,6 @@ class Splitter:
         where = self.where.get(key)
         if providers:
             self._unloaded_value(key, value, providers[0], result)
-        elif value in PENDING_VALUES.get(key, {}) and not self.strict:
-            result.warnings.append(pending_value(key, value))
         else:
             choice = self._values(key)
             fault = ConfigError(
@@ -248,7 +245,7 @@ class Splitter:
     def _values(self, key: str) -> list[str]:
         installed = (self.index.catalog.peek(name) for name in self.index.catalog.installed)
         served = {value for cls in installed if cls for value in cls.values.get(key, ())}
-        return sorted({*OPEN_VALUES[key], *served, *PENDING_VALUES.get(key, {})})
+        return sorted({*OPEN_VALUES[key], *served})
 
 
 _EFFECTS = {"memory": "the memory needed", "files": "the files saved", "uploads": "what is uploaded"}

@@ -12,39 +12,6 @@ from tuner.config.describe import facts
 from tuner.config.keys import CoreConfig
 from tuner.plugin import PluginConfig
 
-_SAGE = "a CUDA device and SageAttention 2.1.1 or newer (`pip install git+https://github.com/thu-ml/SageAttention`)"
-_FLASH = "a CUDA device and FlashAttention (`pip install flash-attn --no-build-isolation`)"
-_XFORMERS = "a CUDA device and xFormers (`pip install xformers`)"
-PENDING_VALUES: dict[str, dict[str, str]] = {
-    "attention_mechanism": {
-        **dict.fromkeys(
-            (
-                "sageattention",
-                "sageattention-int8-fp16-cuda",
-                "sageattention-int8-fp16-triton",
-                "sageattention-int8-fp8-cuda",
-                "sage",
-                "sage_hub",
-                "sage_varlen",
-            ),
-            _SAGE,
-        ),
-        **dict.fromkeys(("flash", "flash_hub", "flash_varlen", "_flash_3", "_flash_3_hub", "flash_4_hub"), _FLASH),
-        "xformers": _XFORMERS,
-        **dict.fromkeys(("native", "_native_math", "_native_efficient"), "nothing more"),
-        **dict.fromkeys(("_native_flash", "_native_cudnn"), "a CUDA device"),
-    }
-}
-"""Values of open core keys that users' files have and no plugin serves yet, and what the machine needs for each."""
-
-
-def pending_value(key: str, value: str) -> str:
-    """The warning for a known value that nothing serves yet."""
-    return (
-        f"{key} {value!r} has no effect yet: the best exact kernel of this device is used instead. "
-        f"Once it is supported it needs {PENDING_VALUES[key][value]}."
-    )
-
 
 def pending(configs: Mapping[str, PluginConfig], explicit: Collection[str]) -> Iterator[str]:
     """A warning for the keys that were set away from their default and have no effect yet, one for each reason."""

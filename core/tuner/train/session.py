@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.attention import AttentionBackend
+from tuner.attention import Attention
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
 from tuner.model import Batch, Model, Network
@@ -39,8 +39,8 @@ class Session:
     """Optimizer steps of the whole run."""
     manifest: Mapping[str, object]
     """What every checkpoint's manifest says beside its step."""
-    attention: AttentionBackend | None = None
-    """The kernel that ``attention_mechanism`` chose, where it is not the core's own."""
+    attention: Attention = field(default_factory=Attention)
+    """The kernels of training and of validation."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     unchecked: set[str] = field(default_factory=set)
     """Networks whose gradients were not looked at yet."""
@@ -55,8 +55,8 @@ class Session:
         for name, network in self.model.networks.items():
             if network.adapter is not None:
                 self.optimizers[name] = optimizers.make(self.run.config, network.adapter.groups, self.engine.device)
-            if self.attention is not None and self.attention.trains:
-                set_backend(network, self.attention.dispatcher)
+            if self.attention.training is not None:
+                set_backend(network, self.attention.training)
 
     @property
     def trained(self) -> list[Network]:

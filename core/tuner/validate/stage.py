@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner.attention import AttentionBackend
+from tuner.attention import Attention
 from tuner.attention_switch import validation_backend
 from tuner.blocks import StepContext
 from tuner.model import Model
@@ -24,10 +24,10 @@ def validate(
     model: Model,
     manager: Manager,
     engine: Engine,
-    attention: AttentionBackend | None = None,
+    attention: Attention | None = None,
     asked: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Ask every plugin what it sees, with the ``attention`` kernel chosen; returns the numbers as ``plugin/key``.
+    """Ask every plugin what it sees, with ``attention``'s kernel; returns the numbers as ``plugin/key``.
 
     ``asked``: names of the plugins to ask; None is all.
     """
@@ -35,7 +35,8 @@ def validate(
         stack.enter_context(untouched(model, engine.device))
         stack.enter_context(engine.autocast())
         for network in model.networks.values():
-            stack.enter_context(validation_backend(network, attention))
+            if attention is not None:
+                stack.enter_context(validation_backend(network, attention.inference))
         answers = manager.collect("validate", only=asked, run=run, model=model)
     return {
         f"{plugin}/{key}": float(value)
