@@ -6,7 +6,6 @@ import copy
 import logging
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +16,6 @@ from diffusers.models.attention import FeedForward
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tuner.blocks import StepContext
@@ -28,6 +25,7 @@ from tuner.errors import PluginError
 from tuner.model import Network, Stage
 from tuner.run import Run
 from tuner.spec import NetworkSpec
+from tuner.testing.live_bytes import LiveBytes
 from tuner.testing.toy.describe import ToyDimensions
 from tuner.testing.toy.networks import ToyTransformer
 from tuner.testing.toy.stack import ToyStack
@@ -81,30 +79,6 @@ def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:
         alive = run()  # keeps every graph, so that no storage is freed and counted under another's address
     assert alive.requires_grad
     return sum(storages.values())
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made under it held at one instant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.storages: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self.storages:
-                storage = leaf.untyped_storage()
-                self.storages.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def freed(self, storage: int, size: int) -> None:
-        self.storages.discard(storage)
-        self.live -= size
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 8, 20, 39])
@@ -166,7 +140,7 @@ def test_the_peak_of_a_step_falls(outer: bool) -> None:
         if chunk:
             install(module, chunk)
         x = torch.randn(1, 512, DIM, requires_grad=True)
-        with PeakBytes() as bytes_held:
+        with LiveBytes() as bytes_held:
             output = checkpoint(module, x, use_reentrant=False) if outer else module(x)
             output.sum().backward()
         peaks.append(bytes_held.peak)
@@ -345,6 +319,15 @@ def test_switched_off_it_edits_nothing() -> None:
     assert list(plugin().model_transforms(run=run_with(), model=None)) == []  # type: ignore[arg-type]
     assert not plugin().is_active(CoreConfig())
     assert plugin(enable_chunked_feed_forward=True).is_active(CoreConfig())
+
+
+def test_the_planner_is_told_of_the_chunks_and_of_the_lever() -> None:
+    (lever,) = ChunkedFeedForwardPlugin.levers
+    chunked = plugin(**lever, feed_forward_chunk_size=3)
+    assert chunked.is_active(CoreConfig())
+    nothing: Any = None
+    assert chunked.estimate(run=run_with(), spec=nothing, workload=nothing) == {"feed_forward_tokens": 3 * 1024}
+    assert plugin().estimate(run=run_with(), spec=nothing, workload=nothing) == {}
 
 
 def test_a_size_without_the_switch_is_said(caplog: pytest.LogCaptureFixture) -> None:

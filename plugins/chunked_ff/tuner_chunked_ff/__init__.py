@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuner import Plugin, PluginConfig, hookimpl, key
 
@@ -40,6 +40,7 @@ class ChunkedFeedForwardPlugin(Plugin[ChunkedFeedForwardConfig]):
     """Feed-forward layers in chunks of tokens, each recomputed in backward: less memory, the same gradients."""
 
     requires = frozenset({"model-family"})
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"enable_chunked_feed_forward": True},)
     Config = ChunkedFeedForwardConfig
 
     def is_active(self, core: CoreConfig) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.errors import PluginError
 from tuner_wan import conditions
@@ -96,9 +96,7 @@ def encode_clip(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
     They are the mode of the posterior, as for images of diffusers' pipelines. Stored in float32: half
     precision would save 4 MB on 81 frames of 832x480, and round what the noise is added to.
     """
-    with _own_precision(vae.device):
-        mode = vae.encode(pixels.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist.mode()
-    return normalise(mode.float(), vae.config)[0].detach().cpu()
+    return normalise(_mode(vae, pixels), vae.config)[0].detach().cpu()
 
 
 def encode_condition(
@@ -118,12 +116,31 @@ def encode_condition(
 
 
 def _encode_given(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
-    with _own_precision(vae.device):
-        mode = vae.encode(pixels.unsqueeze(0).to(vae.device, vae.dtype)).latent_dist.mode().float()
+    mode = _mode(vae, pixels)
     mean, std = _statistics(mode, vae.config)
     # The pipeline multiplies by 1 / std, which rounds otherwise than a division by std.
     given: Tensor = (mode - mean) * (1.0 / std)
     return given[0].detach().cpu()
+
+
+def _mode(vae: AutoencoderKLWan, pixels: Tensor) -> Tensor:
+    """The posterior's mode (1, C, F', h, w), float32 on the VAE's device, of ``pixels`` (3, F, H, W) on any device.
+
+    The VAE's encoder is called with the first frame and then with four at a time, tile by tile where it works in
+    tiles. Each piece is brought to its device and dtype there, so that the clip as a whole never is.
+    """
+
+    def bring(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        frames, *others = arguments
+        return frames.to(vae.device, vae.dtype), *others
+
+    handle = vae.encoder.register_forward_pre_hook(bring)
+    try:
+        with _own_precision(vae.device):
+            mode: Tensor = vae.encode(pixels.unsqueeze(0)).latent_dist.mode()
+    finally:
+        handle.remove()
+    return mode.float()
 
 
 def encode_pictures(encoder: ImageEncoder, frames: Sequence[Tensor]) -> Tensor:
