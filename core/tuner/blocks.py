@@ -52,11 +52,11 @@ class Stream:
 
 def _take(tensor: Tensor, axis: int, keep: Tensor) -> Tensor:
     """``tensor`` at the indices ``keep`` (B, K) along ``axis``, its batch axis broadcast from 1 where needed."""
-    batch = max(tensor.shape[0], keep.shape[0])
-    index = keep.reshape(keep.shape[0], *[1] * (axis - 1), -1, *[1] * (tensor.ndim - axis - 1))
-    return torch.take_along_dim(
-        tensor.expand(batch, *tensor.shape[1:]), index.expand(batch, *index.shape[1:]), dim=axis
-    )
+    batch, count = keep.shape
+    index = keep.reshape(batch, *[1] * (axis - 1), count, *[1] * (tensor.ndim - axis - 1))
+    # Not take_along_dim: it writes the index out, eight bytes for every element.
+    shape = (batch, *tensor.shape[1:axis], count, *tensor.shape[axis + 1 :])
+    return tensor.expand(batch, *tensor.shape[1:]).gather(axis, index.expand(shape))
 
 
 @dataclass(frozen=True)
