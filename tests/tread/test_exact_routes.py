@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tuner.blocks import BlockStack, RouteRequest, StepContext, TokenRoute, install
 from tuner.config.keys import CoreConfig
@@ -346,6 +348,28 @@ def test_a_dropped_token_passes_as_it_is_and_its_gradient_with_it(case: Case) ->
     assert torch.equal(seen["in"][:, dropped], seen["out"][:, dropped])
     assert torch.equal(seen["in"].grad[:, dropped], seen["out"].grad[:, dropped])  # type: ignore[index]
     assert not torch.equal(seen["in"][:, ::2], seen["out"][:, ::2])
+
+
+class Indices(TorchDispatchMode):
+    """Notes how many whole numbers each operation writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves(found) if isinstance(each, Tensor) and each.dtype == torch.int64]
+        self.written += [each.untyped_storage().nbytes() // 8 for each in tensors]
+        return found
+
+
+def test_an_index_is_written_for_each_token_not_for_each_of_its_numbers(case: Case) -> None:
+    """Eight bytes for every element of per-token modulation would be more than the modulation itself."""
+    with Indices() as indices:
+        driven(case, Router(), checkpointing=True)
+    size = case.stack.embed(**case.inputs).tokens.shape[1]
+    assert 0 < max(indices.written) <= BATCH * size
 
 
 def test_evaluation_knows_no_routes(case: Case) -> None:

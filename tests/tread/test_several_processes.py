@@ -45,7 +45,7 @@ def network() -> nn.Module:
     from tuner_wan.stack import WanStack
     from tuner_wan.tiny import tiny_pipeline
 
-    transformer = tiny_pipeline("ti2v-5b-2.2", layers=4).transformer.double().train()
+    transformer: nn.Module = tiny_pipeline("ti2v-5b-2.2", layers=4).transformer.double().train()
     install(transformer, WanStack(transformer))
     return transformer
 
@@ -112,7 +112,8 @@ def wrap(module: nn.Module, wrapping: str) -> nn.Module:
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in module.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    return module
 
 
 def one_of_two(rank: int, folder: Path, wrapping: str, checkpointing: bool) -> None:
