@@ -1,8 +1,8 @@
 """Giving a network its weights: block by block, tensor by tensor, so that the host never holds two copies.
 
 A family builds its networks on the meta device and hands over a lazy source of weights. Each tensor is
-read, brought to its dtype and offered to the sinks (a quantiser, pinned masters of an offloader); what
-none of them takes becomes a plain parameter on the device.
+read, brought to its dtype and offered to the sinks (a quantiser, then the masters of an offloader, which gets what
+the first made of it); what none of them takes becomes a plain parameter on the device.
 """
 
 from __future__ import annotations
@@ -42,8 +42,14 @@ def materialise(network: Network, *, device: torch.device, sinks: Sequence[Sink]
             )
         seen.add(name)
         tensor = tensor.to(network.dtype_of(name))
-        if not any(sink.take(module, name, tensor) for sink in sinks):
-            _assign(module, name, tensor, device)
+        path, _, leaf = name.rpartition(".")
+        held = module.get_submodule(path)._parameters
+        left: Tensor | None = tensor
+        for sink in sinks:
+            if left is not None and sink.take(module, name, left):
+                left = held.get(leaf)  # what became of it: a quantised weight may live elsewhere
+        if left is tensor:
+            held[leaf] = _own(tensor, device)
     missing = sorted(set(expected) - seen)
     if missing:
         raise ModelError(
@@ -55,12 +61,11 @@ def materialise(network: Network, *, device: torch.device, sinks: Sequence[Sink]
         owner._buffers[name] = buffer.to(device)
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Put ``tensor`` into storage of its own on ``device``, as the frozen parameter ``name``."""
-    owner_name, _, leaf = name.rpartition(".")
+def _own(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    """``tensor`` in storage of its own on ``device``, as a frozen parameter."""
     fresh = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     fresh.copy_(tensor)
-    module.get_submodule(owner_name)._parameters[leaf] = nn.Parameter(fresh, requires_grad=False)
+    return nn.Parameter(fresh, requires_grad=False)
 
 
 def _buffers(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -44,7 +44,10 @@ class Sink(Protocol):
     """Takes weights as they are read, in place of the plain copy into the parameter."""
 
     def take(self, module: nn.Module, name: str, tensor: Tensor) -> bool:
-        """Take parameter ``name`` (its full name in ``module``), already in its final dtype; False to decline."""
+        """Take parameter ``name`` (its full name in ``module``), already in its final dtype; False to decline.
+
+        A sink that comes after one that took it is offered the parameter that this one put in its place.
+        """
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,9 @@ class Component:
     """config.json, the safetensors and whatever else decides its output: the cache's fingerprint is made of them."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """precision, tiling and whatever else changes its output"""
+    on_host: Callable[[], tuple[Any, Network]] | None = None
+    """The same on the CPU, and its module as a network whose blocks a plugin may stream through the device: what lies
+    outside of them computes where it is. None where the family has no such way."""
     version: int = 1
     """Bumped by hand when the family's encoding code changes its output (guarded by a golden test)."""
 
