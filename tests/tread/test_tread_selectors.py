@@ -188,3 +188,19 @@ def test_nothing_waits_for_the_device(selector: TokenSelector) -> None:
     """On the meta device every read of a value fails."""
     asked = request(torch.empty(2, 36, 6, device="meta"), (3, 3, 4))
     assert kept(selector, run_at(), asked).shape == (2, 18)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selector", [uniform, motion, salience])
+def test_a_gpu_draws_what_the_cpu_draws_and_the_host_does_not_wait(selector: TokenSelector) -> None:
+    """Sums are added up in another order there, so the scores are close; nearly all of the kept tokens are the same."""
+    tokens, ranges = clips(size=400).bfloat16(), (BlockRange(1, 3, 0.5),)
+    here = kept(selector, run_at(), request(tokens, (3, 20, 20)), ranges)
+    asked = request(tokens.cuda(), (3, 20, 20))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = kept(selector, run_at(), asked, ranges)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, theirs in zip(here.tolist(), there.cpu().tolist(), strict=True):
+        assert len(set(ours) & set(theirs)) >= len(ours) - 2
