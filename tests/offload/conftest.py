@@ -106,6 +106,7 @@ def toy(tmp_path):
         layers: list[int] | None = None,
         device: str = "cpu",
         use_stream: bool = False,
+        resident: int = 0,
         extra: tuple[Transform, ...] = (),
     ) -> Trained:
         folder = tmp_path / f"toy-{blocks}"
@@ -115,7 +116,7 @@ def toy(tmp_path):
         run.spec = describe(run.config)
         run.place(torch.device(device), dtype)
         network = load(run).network
-        place = group_offload(run, blocks_per_group=blocks_per_group, ring_groups=2, use_stream=use_stream)
+        place = group_offload(run, blocks_per_group=blocks_per_group, use_stream=use_stream, resident=resident)
         if not while_reading:
             place = Transform(place.stage, place.name, place.claims, place.apply)
         prepare(run, network, [lora(layers), *extra, *([place] if offload else [])])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from optimum.quanto import freeze, qint8, quantize
 from torch import nn
 
 from tuner.config.keys import CoreConfig
@@ -17,7 +15,6 @@ from tuner.model import Stage, Transform
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
 from tuner_offload import OffloadConfig, OffloadPlugin
-from tuner_offload.placement import masters_of
 
 
 def plugin(**keys) -> OffloadPlugin:
@@ -40,8 +37,7 @@ def spec(blocks: int) -> ModelSpec:
         ({"group_offload_type": "leaf_level"}, {}, "leaf_level is not built yet"),
         ({"group_offload_to_disk_path": "/tmp/x"}, {}, "group_offload_to_disk_path is not built yet"),
         ({}, {"gradient_checkpointing": False}, "set gradient_checkpointing to true"),
-        ({}, {"model_type": "full"}, "use `model_type: lora`"),
-        ({}, {"base_model_precision": "int8-quanto"}, "quantised base (int8-quanto)"),
+        ({}, {"gradient_checkpointing_interval": 2}, "gradient_checkpointing_interval is 2"),
     ],
 )
 def test_what_group_offload_refuses(keys, core, said):
@@ -53,9 +49,9 @@ def test_what_group_offload_refuses(keys, core, said):
 
 def test_several_faults_come_in_one_message():
     with pytest.raises(ConfigError) as error:
-        plugin(enable_group_offload=True, group_offload_type="leaf_level").configure(run(model_type="full"))
+        plugin(enable_group_offload=True, group_offload_type="leaf_level").configure(run(gradient_checkpointing=False))
     assert "leaf_level" in str(error.value)
-    assert "model_type: full" in str(error.value)
+    assert "gradient_checkpointing" in str(error.value)
 
 
 def test_model_offload_alone_comes_later():
@@ -87,14 +83,6 @@ def test_the_plugin_places_the_network():
     assert place.sink is not None
 
 
-def test_a_trained_base_weight_is_refused(toy):
-    def unfreeze(network):
-        network.stack.blocks[1].norm.weight.requires_grad_(True)
-
-    with pytest.raises(PluginError, match=r"blocks\.1\.norm\.weight.*was trained"):
-        toy(offload=True, extra=(Transform(Stage.REWRITE, "unfreeze", frozenset(), unfreeze),))
-
-
 def test_a_trained_base_weight_stays_where_it_is_when_placed_afterwards(toy):
     def unfreeze(network):
         network.stack.blocks[1].norm.weight.requires_grad_(True)
@@ -114,12 +102,17 @@ def test_a_replaced_weight_is_refused(toy):
         toy(offload=True, extra=(Transform(Stage.REWRITE, "swap", frozenset(), swap),))
 
 
-def test_quantised_weights_are_refused(toy):
-    network = toy(offload=False).network
-    quantize(network.module, weights=qint8)
-    freeze(network.module)
-    with pytest.raises(ConfigError, match="group offload of quantised weights"):
-        masters_of(replace(network), 1, pinned=False)
+def test_weights_of_an_unknown_class_are_refused(toy):
+    class Packed(torch.Tensor):
+        """A weight that only its own library can take apart."""
+
+    def pack(network):
+        layer = network.stack.blocks[1].to_q if hasattr(network.stack.blocks[1], "to_q") else None
+        owner = layer or next(each for each in network.stack.blocks[1].modules() if isinstance(each, nn.Linear))
+        owner._parameters["weight"] = nn.Parameter(owner.weight.data.as_subclass(Packed), requires_grad=False)
+
+    with pytest.raises(ConfigError, match=r"class Packed.*\n.*blocks\.1\..*weight"):
+        toy(offload=True, while_reading=False, extra=(Transform(Stage.REWRITE, "pack", frozenset(), pack),))
 
 
 def test_a_stream_without_streams_is_said(toy, caplog):

@@ -1,35 +1,36 @@
-"""Group offload: a frozen base lives in host memory and streams through the device, a few blocks at a time.
+"""Group offload: the blocks' weights live in host memory and stream through the device, a few at a time.
 
-Nothing is ever copied back, since nothing frozen changes: half the traffic of swapping. What is trained
-never moves.
+A frozen base is never copied back, since it does not change: half the traffic of swapping. Where the base itself
+is trained, its gradients go to the host, and the optimizer works there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tuner.errors import ConfigError, ConfigErrors
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
+from tuner_offload.schedule import RING_GROUPS, resident_at_any_time
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
+    from tuner.data.order import Order
+    from tuner.data.samples import Prepared
     from tuner.model import Model, Transform
     from tuner.run import Run
     from tuner.spec import ModelSpec
-
-RING_GROUPS = 2
-"""Groups on the device at any time: the one that computes and the one being copied."""
+    from tuner.workload import Workload
 
 
 class OffloadConfig(PluginConfig):
-    """Where the frozen weights live."""
+    """Where the weights live."""
 
     enable_group_offload: bool = key(
         False,
-        "Keep the frozen blocks in host memory (pinned on CUDA) and stream them through the device, "
-        "two groups of blocks at a time.",
+        "Keep the blocks' weights in host memory (pinned on CUDA) and stream them through the device, "
+        "two groups of blocks at a time. With `model_type: full` gradients and optimizer live on the host too.",
         effect="memory",
     )
     group_offload_type: Literal["block_level", "leaf_level"] = key(
@@ -37,16 +38,27 @@ class OffloadConfig(PluginConfig):
     )
     group_offload_blocks_per_group: int = key(1, "Blocks that move together.", ge=1)
     group_offload_use_stream: bool = key(
-        False, "Copy the next group on a CUDA stream of its own while the current one computes."
+        False,
+        "Copy the next group on a CUDA stream of its own while the current one computes. Recommended on CUDA: without "
+        "it the device waits for every copy.",
+    )
+    group_offload_resident_blocks: int | None = key(
+        None,
+        "Blocks that stay on the device for good, spread evenly over the network; the others stream. None: 0. "
+        "Each one makes the traffic less and the memory more by one block.",
+        ge=0,
     )
     group_offload_to_disk_path: str | None = key(None, "Folder to offload to instead of host memory.")
     enable_model_cpu_offload: bool = key(False, "Move whole models between host and device by phase.", effect="memory")
 
 
 class OffloadPlugin(Plugin[OffloadConfig]):
-    """Stream a frozen base through the device in groups of blocks."""
+    """Stream the blocks' weights through the device, a few at a time."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"model-family"})
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"enable_group_offload": True, "group_offload_use_stream": True},
+    )
     Config = OffloadConfig
 
     def is_active(self, core: CoreConfig) -> bool:
@@ -86,23 +98,18 @@ class OffloadPlugin(Plugin[OffloadConfig]):
                 where=where,
                 remedy="leave it out: groups are then offloaded to host memory",
             )
-        if not core.gradient_checkpointing:
+        if core.checkpointing == "none":
             yield ConfigError(
                 "group offload needs gradient_checkpointing: without it backward keeps all weights on the device",
                 where=where,
                 remedy="set gradient_checkpointing to true",
             )
-        if core.model_type == "full":
+        elif core.gradient_checkpointing_interval > 1:
             yield ConfigError(
-                "group offload streams a frozen base, and `model_type: full` trains it",
+                "group offload needs every block checkpointed, and gradient_checkpointing_interval is "
+                f"{core.gradient_checkpointing_interval}: backward keeps the weights of the others on the device",
                 where=where,
-                remedy="use `model_type: lora`, or leave enable_group_offload out",
-            )
-        if core.base_model_precision != "no_change":
-            yield ConfigError(
-                f"group offload of a quantised base ({core.base_model_precision}) is not built yet",
-                where=where,
-                remedy="use one of the two",
+                remedy="leave gradient_checkpointing_interval out, or leave enable_group_offload out",
             )
 
     @hookimpl
@@ -110,16 +117,40 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """Refuse groups so large that the ring would hold the whole network."""
         if not self.config.enable_group_offload:
             return
-        size = self.config.group_offload_blocks_per_group
+        size, resident = self.config.group_offload_blocks_per_group, self._resident
         for network in spec.networks:
-            largest = (network.blocks - 1) // RING_GROUPS
-            if size > largest:
+            if resident + RING_GROUPS * size >= network.blocks:
+                kept = f" and {resident} resident blocks" if resident else ""
+                largest = (network.blocks - resident - 1) // RING_GROUPS
                 raise ConfigError(
-                    f"group_offload_blocks_per_group {size} would keep all {network.blocks} blocks of network "
+                    f"group_offload_blocks_per_group {size}{kept} would keep all {network.blocks} blocks of network "
                     f"{network.name!r} on the device: {RING_GROUPS} groups are there at any time",
-                    allowed=f"1 to {largest}" if largest else f"nothing: offload needs more than {RING_GROUPS} blocks",
-                    remedy="make the groups smaller, or leave enable_group_offload out",
+                    allowed=f"1 to {largest}" if largest > 0 else "nothing: too few blocks are left to stream",
+                    remedy="make the groups smaller, keep fewer blocks resident, or leave enable_group_offload out",
                 )
+
+    @property
+    def _resident(self) -> int:
+        return self.config.group_offload_resident_blocks or 0
+
+    @hookimpl
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
+        """Refuse weights that the host has no room for."""
+        if self.config.enable_group_offload and self.config.group_offload_to_disk_path is None:
+            from tuner_offload.room import check_room
+
+            check_room(run, spec, data, self._resident)
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """The blocks that are on the device at any time, and where the others wait."""
+        if not self.config.enable_group_offload:
+            return {}
+        size, blocks = self.config.group_offload_blocks_per_group, workload.network.blocks
+        return {
+            "resident_blocks": resident_at_any_time(blocks, self._resident, size),
+            "offloaded_to": "host" if self.config.group_offload_to_disk_path is None else "disk",
+        }
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
@@ -132,7 +163,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
             group_offload(
                 run,
                 blocks_per_group=self.config.group_offload_blocks_per_group,
-                ring_groups=RING_GROUPS,
                 use_stream=self.config.group_offload_use_stream,
+                resident=self._resident,
             )
         ]

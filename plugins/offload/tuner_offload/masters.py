@@ -1,4 +1,4 @@
-"""Where the frozen weights of a group of blocks live: one flat buffer in host memory.
+"""Where the weights of a group of blocks live: one flat buffer in host memory.
 
 One buffer a group means one copy a group. Each tensor in it begins at a 256-byte boundary, so that a view
 in any dtype is legal, copies are coalesced, and (on the CPU) kernels see the alignment that they see
@@ -7,94 +7,168 @@ without offload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tuner.errors import ConfigError
 from tuner.model import Network
+from tuner_offload.parts import Build, take_apart
 
 ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One frozen tensor of a group: whose it is and where it lies in the group's buffer."""
+class Piece:
+    """One plain tensor in a group's buffer."""
 
-    name: str
-    """full name in the network"""
-    block: int
-    owner: nn.Module
-    leaf: str
-    """name of the parameter in ``owner``"""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor, without padding."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def view(self, buffer: Tensor) -> nn.Parameter:
-        """The tensor in ``buffer`` (N,) uint8, as a frozen parameter."""
+    def view(self, buffer: Tensor) -> Tensor:
+        """The tensor in ``buffer`` (N,) uint8."""
         flat = buffer[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return nn.Parameter(flat.view(self.shape), requires_grad=False)
+        return flat.as_strided(self.shape, self.stride)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter or buffer of a block: whose it is, and the pieces it is made of."""
+
+    name: str
+    """full name in the network"""
+    block: int
+    owner: nn.Module
+    leaf: str
+    """its name in ``owner``"""
+    is_buffer: bool
+    pieces: tuple[Piece, ...]
+    build: Build
+
+    def value(self, buffer: Tensor) -> Tensor:
+        """The tensor in ``buffer`` (N,) uint8; a parameter is a frozen leaf."""
+        made = self.build([piece.view(buffer) for piece in self.pieces])
+        if self.is_buffer or isinstance(made, nn.Parameter):
+            return made
+        return nn.Parameter(made, requires_grad=False)
+
+    @property
+    def bound(self) -> Tensor | None:
+        """What the owner computes with at the moment."""
+        return (self.owner._buffers if self.is_buffer else self.owner._parameters).get(self.leaf)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a group's buffer is to hold."""
+
+    entries: tuple[Entry, ...]
+    tensors: tuple[Tensor, ...]
+    """The plain tensors of all entries' pieces, in order."""
+
+    @property
+    def pieces(self) -> Iterator[tuple[str, Piece, Tensor]]:
+        """(name, where it goes, what it is) of every plain tensor; the name tells the pieces of an entry apart."""
+        rest = iter(self.tensors)
+        for entry in self.entries:
+            for number, piece in enumerate(entry.pieces):
+                yield f"{entry.name}.{number}" if len(entry.pieces) > 1 else entry.name, piece, next(rest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer."""
+        return max((_aligned(each.offset + each.nbytes) for entry in self.entries for each in entry.pieces), default=0)
+
+
+Store = Callable[[Plan], Tensor]
+"""Puts what a plan names somewhere in host memory: gives a buffer (N,) uint8 that holds it."""
 
 
 class Master:
-    """The host memory of one group's weights, and the parameters that are bound while it is not on the device."""
+    """One group's weights on the host, and the tensors that are bound while it is not on the device."""
 
-    def __init__(self, entries: Sequence[Entry], *, pinned: bool) -> None:
+    def __init__(self, entries: Sequence[Entry], buffer: Tensor) -> None:
         self.entries = tuple(entries)
-        self.nbytes = max((_aligned(entry.offset + entry.nbytes) for entry in entries), default=0)
-        self.buffer = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self.parameters = tuple(entry.view(self.buffer) for entry in entries)
+        self.buffer = buffer
+        self.values = tuple(entry.value(buffer) for entry in entries)
 
     @property
-    def layout(self) -> tuple[tuple[int, tuple[int, ...], torch.dtype], ...]:
-        """What decides the views into a buffer: groups with equal layouts share those of a ring buffer."""
-        return tuple((entry.offset, entry.shape, entry.dtype) for entry in self.entries)
+    def nbytes(self) -> int:
+        """Bytes that are copied for this group."""
+        return self.buffer.nbytes
 
-    @torch.no_grad()
-    def fill(self, index: int, tensor: Tensor) -> None:
-        """Copy ``tensor`` into entry ``index`` and bind the master's parameter to its owner."""
-        self.parameters[index].copy_(tensor)
-        bind(self.entries[index], self.parameters[index])
+    @property
+    def trained(self) -> bool:
+        """Whether any of it gets a gradient."""
+        return any(value.requires_grad for value in self.values)
 
 
-def bind(entry: Entry, parameter: nn.Parameter) -> None:
-    """Make ``parameter`` the one that the entry's owner computes with: by reference, nothing is copied."""
+def bind(entry: Entry, value: Tensor) -> None:
+    """Make ``value`` the one that the entry's owner computes with: by reference, nothing is copied."""
     # Past nn.Module.__setattr__: this runs for every tensor of every block of every step.
-    entry.owner._parameters[entry.leaf] = parameter
+    if entry.is_buffer:
+        entry.owner._buffers[entry.leaf] = value
+    else:
+        entry.owner._parameters[entry.leaf] = value  # type: ignore[assignment]
 
 
-def plan(
-    network: Network,
-    blocks_per_group: int,
-    *,
-    wanted: Callable[[nn.Parameter], bool],
-    dtype_of: Callable[[str, nn.Parameter], torch.dtype],
-) -> list[list[Entry]]:
-    """The entries of each group of consecutive blocks, from the parameters that are ``wanted``."""
-    blocks = network.stack.blocks
+def make_master(network: Network, blocks: Iterable[int], store: Store) -> Master:
+    """The master of ``blocks``: their frozen parameters and their buffers, which are then bound to it.
+
+    Buffers that fit into the padding of one tensor stay on the device. Raises ConfigError for weights of a class
+    that cannot be taken apart.
+    """
+    plan = _plan(network, blocks)
+    master = Master(plan.entries, store(plan))
+    for entry, value in zip(master.entries, master.values, strict=True):
+        bind(entry, value)
+    return master
+
+
+def _plan(network: Network, blocks: Iterable[int]) -> Plan:
     names = {module: name for name, module in network.module.named_modules()}
-    groups: list[list[Entry]] = []
-    for start in range(0, len(blocks), blocks_per_group):
-        group: list[Entry] = []
-        offset = 0
-        for block in range(start, min(start + blocks_per_group, len(blocks))):
-            for owner in blocks[block].modules():
-                for leaf, parameter in owner._parameters.items():
-                    if parameter is None or not wanted(parameter):
-                        continue
-                    name = f"{names[owner]}.{leaf}"
-                    entry = Entry(name, block, owner, leaf, tuple(parameter.shape), dtype_of(name, parameter), offset)
-                    group.append(entry)
-                    offset = _aligned(offset + entry.nbytes)
-        groups.append(group)
-    return groups
+    entries: list[Entry] = []
+    tensors: list[Tensor] = []
+    offset = 0
+    for block in blocks:
+        for owner, leaf, tensor, is_buffer in _streamed(network.stack.blocks[block]):
+            name = f"{names[owner]}.{leaf}"
+            parts = take_apart(tensor)
+            if parts is None:
+                raise ConfigError(
+                    f"group offload does not know how to stream weights of class {type(tensor).__name__}",
+                    where=f"{name} of network {network.name!r}",
+                    remedy="leave enable_group_offload out, or choose another base_model_precision",
+                )
+            pieces = []
+            for each in parts.tensors:
+                # Dense strides stay as they are: some kernels want their weights column by column.
+                stride = torch.empty_like(each, device="meta").stride()
+                pieces.append(Piece(offset, tuple(each.shape), stride, each.dtype))
+                offset = _aligned(offset + pieces[-1].nbytes)
+            entries.append(Entry(name, block, owner, leaf, is_buffer, tuple(pieces), parts.build))
+            tensors += parts.tensors
+    return Plan(tuple(entries), tuple(tensors))
+
+
+def _streamed(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
+    """(owner, name in it, tensor, whether it is a buffer) of all that streams of a block."""
+    for owner in block.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                yield owner, leaf, parameter, False
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and buffer.nbytes > ALIGNMENT:
+                yield owner, leaf, buffer, True
 
 
 def _aligned(offset: int) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tuner.errors import ConfigError, PluginError
+from tuner.errors import PluginError
 from tuner.model import Network, Stage, Transform
-from tuner_offload.masters import Master, plan
+from tuner_offload.host import HostStore
+from tuner_offload.masters import Master, Store, bind
+from tuner_offload.reading import MasterSink
 from tuner_offload.ring import Ring
+from tuner_offload.schedule import RING_GROUPS, groups, streamed_blocks
 from tuner_offload.streaming import BlockStreaming
-from tuner_offload.transfer import Copier, InlineCopier, StreamCopier
+from tuner_offload.transfer import copier_for, has_streams
 
 if TYPE_CHECKING:
     from tuner.run import Run
@@ -22,117 +23,87 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-class MasterSink:
-    """Takes each block weight as it is read, straight into its master: the device never sees it whole."""
+def group_offload(
+    run: Run,
+    *,
+    blocks_per_group: int,
+    use_stream: bool,
+    resident: int = 0,
+    store_of: Callable[[Network], Store] | None = None,
+) -> Transform:
+    """The transform that makes a network's blocks stream through the device buffers of one ring.
 
-    def __init__(self, network: Network, blocks_per_group: int, *, pinned: bool) -> None:
-        groups = plan(network, blocks_per_group, wanted=lambda _: True, dtype_of=lambda name, _: network.dtype_of(name))
-        self.masters = [Master(entries, pinned=pinned) for entries in groups]
-        self._places = {
-            entry.name: (master, index) for master in self.masters for index, entry in enumerate(master.entries)
-        }
-
-    def take(self, module: nn.Module, name: str, tensor: Tensor) -> bool:
-        """Take ``tensor`` if it belongs to a block."""
-        place = self._places.get(name)
-        if place is None:
-            return False
-        master, index = place
-        master.fill(index, tensor)
-        return True
-
-
-def group_offload(run: Run, *, blocks_per_group: int, ring_groups: int, use_stream: bool) -> Transform:
-    """The transform that makes a network's frozen blocks stream through ``ring_groups`` device buffers."""
+    Arguments
+        blocks_per_group: blocks that move together.
+        use_stream: copy beside the computation, where the device can.
+        resident: blocks that stay on the device.
+        store_of: where a network's masters are kept; host memory unless given.
+    """
     sinks: dict[str, MasterSink] = {}
+    rings: list[Ring] = []
 
     def sink(network: Network) -> MasterSink:
-        sinks[network.name] = MasterSink(network, blocks_per_group, pinned=run.device.type == "cuda")
+        streamed = groups(streamed_blocks(len(network.stack.blocks), resident), blocks_per_group)
+        store = HostStore(pinned=run.device.type == "cuda") if store_of is None else store_of(network)
+        sinks[network.name] = MasterSink(network, streamed, store)
         return sinks[network.name]
 
     def apply(network: Network) -> None:
-        taken = sinks.pop(network.name, None)
-        masters = (
-            masters_of(network, blocks_per_group, pinned=run.device.type == "cuda") if taken is None else taken.masters
-        )
+        masters = (sinks.pop(network.name, None) or sink(network)).finish()
+        sinks.clear()
         check_masters(network, masters)
         keep_on_device(network, masters, run.device)
-        ring = Ring(masters, ring_groups, run.device, copier_for(run.device, use_stream))
-        network.residency = BlockStreaming(
-            masters, ring, blocks=len(network.stack.blocks), blocks_per_group=blocks_per_group
-        )
-        _report(run, network, masters, ring, use_stream)
+        if not rings:
+            rings.append(Ring(RING_GROUPS, run.device, copier_for(run.device, use_stream)))
+        network.residency = BlockStreaming(masters, rings[0], blocks=len(network.stack.blocks))
+        _report(run, network, masters, rings[0], use_stream)
 
     return Transform(stage=Stage.PLACE, name="group_offload", claims=frozenset({"placement"}), apply=apply, sink=sink)
 
 
-def masters_of(network: Network, blocks_per_group: int, *, pinned: bool) -> list[Master]:
-    """Masters of the frozen block parameters of a network that has its weights; those are then bound to the masters.
-
-    Raises ConfigError for quantised weights: their tensors are not plain memory.
-    """
-    for block in network.stack.blocks:
-        for name, parameter in block.named_parameters():
-            if is_traceable_wrapper_subclass(parameter):
-                raise ConfigError(
-                    f"group offload of quantised weights ({type(parameter).__name__}) is not built yet",
-                    where=f"{name} of network {network.name!r}",
-                    remedy="use either enable_group_offload or base_model_precision",
-                )
-    groups = plan(
-        network, blocks_per_group, wanted=lambda each: not each.requires_grad, dtype_of=lambda _, each: each.dtype
-    )
-    masters = []
-    for entries in groups:
-        master = Master(entries, pinned=pinned)
-        for index, entry in enumerate(entries):
-            master.fill(index, entry.owner.get_parameter(entry.leaf))
-        masters.append(master)
-    return masters
-
-
 def check_masters(network: Network, masters: Sequence[Master]) -> None:
-    """Raise PluginError when another transform replaced or unfroze a weight after it went to its master."""
+    """Raise PluginError when another transform replaced a weight after it went to its master."""
     present = {module for block in network.stack.blocks for module in block.modules()}
     for master in masters:
-        for entry, parameter in zip(master.entries, master.parameters, strict=True):
-            held = entry.owner._parameters.get(entry.leaf) if entry.owner in present else None
-            if held is not parameter or parameter.requires_grad:
-                done = "trained" if held is parameter else "replaced"
+        for entry, value in zip(master.entries, master.values, strict=True):
+            if entry.is_buffer:
+                bind(entry, value)  # the core brings all buffers to the device once the weights are read
+            elif entry.owner not in present or entry.bound is not value:
                 raise PluginError(
-                    f"group offload streams frozen weights, and {entry.name!r} of network {network.name!r} was {done}",
+                    f"group offload streams weights, and {entry.name!r} of network {network.name!r} was replaced",
                     remedy="leave enable_group_offload out, or unload the plugin that changes this weight",
                 )
 
 
 def keep_on_device(network: Network, masters: Sequence[Master], device: torch.device) -> None:
-    """Move what does not stream (adapters, buffers) to ``device``, each parameter staying the same object."""
-    streamed = {parameter for master in masters for parameter in master.parameters}
+    """Move what does not stream (adapters, small buffers) to ``device``, each parameter staying the same object."""
+    streamed = {id(value) for master in masters for value in master.values}
     for block in network.stack.blocks:
         for parameter in block.parameters():
-            if parameter not in streamed and parameter.device != device:
+            if id(parameter) not in streamed and parameter.device != device:
                 # An adapter is made beside the weight it adapts, and that one is in host memory.
                 parameter.data = parameter.data.to(device)
         for owner in block.modules():
             for name, buffer in owner._buffers.items():
-                if buffer is not None:
+                if buffer is not None and id(buffer) not in streamed:
                     owner._buffers[name] = buffer.to(device)
-
-
-def copier_for(device: torch.device, use_stream: bool) -> Copier:
-    """A private stream where there are streams and one is wanted, else copies in line."""
-    return StreamCopier(device) if use_stream and device.type == "cuda" else InlineCopier()
 
 
 def _report(run: Run, network: Network, masters: Sequence[Master], ring: Ring, use_stream: bool) -> None:
     hosted = sum(master.nbytes for master in masters)
     run.log.info(
-        "group offload of %s: %d groups, %.2f GiB in host memory, %.2f GiB on %s at any time",
+        "group offload of %s: %d groups, %.2f GiB in host memory, %.2f GiB on %s at any time%s",
         network.name,
         len(masters),
         hosted / GIB,
         ring.nbytes / GIB,
         run.device,
+        ", gradients and optimizer on the host" if any(master.trained for master in masters) else "",
     )
-    if use_stream and run.device.type != "cuda":
-        run.log.warning("group_offload_use_stream has no effect on %s: it has no streams", run.device)
+    if use_stream and not has_streams(run.device):
+        run.log.warning(
+            "group_offload_use_stream has no effect on %s: it has no streams to rely on, copies are made in line",
+            run.device,
+        )
+    elif not use_stream and has_streams(run.device):
+        run.log.info("group_offload_use_stream: true would copy while the device computes")
