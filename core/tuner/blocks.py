@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from types import MethodType
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from tuner.checkpointing import Checkpointing
 
 if TYPE_CHECKING:
     from tuner.run import Run
@@ -109,18 +111,27 @@ class Residency(Protocol):
         """The forward is over (``differentiated`` False), or its backward is (True): release what is held."""
 
 
+FULL = Checkpointing()
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What one forward of a network is run with. Read once at its start, then passed on as arguments."""
 
     router: Callable[[RouteRequest], Sequence[TokenRoute]] | None = None
-    checkpointing: bool = False
+    checkpointing: Checkpointing | bool | None = None
+    """How activations are kept for backward: True recomputes every block, False and None keep everything."""
     skip: frozenset[int] = frozenset()
     residency: Residency | None = None
     keep_at_least: int = 0
     positions: tuple[int, ...] = ()
     forced: Tensor | None = None
     """(B, S) bool: tokens that no route may drop, beside those that the family forces"""
+
+    def checkpointing_of(self, index: int) -> Checkpointing | None:
+        """How block ``index`` is checkpointed; None keeps everything."""
+        policy = FULL if self.checkpointing is True else self.checkpointing or None
+        return policy if policy is not None and index % policy.interval == 0 else None
 
 
 class BlockStack(ABC):
@@ -289,29 +300,29 @@ def _run_block(
 ) -> Stream:
     """One block, checkpointed and with its weights brought in, as the context says."""
     residency = context.residency
-    recomputing = False
+    policy = context.checkpointing_of(index) if differentiated else None
+    computing, again = (nullcontext(), nullcontext()) if policy is None else policy.contexts()
     # Without tokens: the closure lives until backward and would pin an input that autograd was told to offload.
     carried = replace(stream, tokens=stream.tokens.new_empty(0))
 
     def compute(tokens: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
-        # Residency enters *inside* the checkpoint, so that recomputation fetches the weights again.
-        nonlocal recomputing
+        # Residency enters *inside* the checkpoint, so that recomputation fetches the weights again, and outside its
+        # contexts: which copies that takes differs from one computation to the next.
+        nonlocal computing
         if residency is not None:
             residency.enter(index)
         routed = replace(carried, tokens=tokens)
         if keep is not None:
             routed = routed.gather_companions(keep)
-        out = stack.block(stack.blocks[index], routed)
-        if residency is not None and not recomputing and (context.checkpointing or not differentiated):
+        with computing:
+            out = stack.block(stack.blocks[index], routed)
+        if residency is not None and computing is not again and (policy is not None or not differentiated):
             residency.leave(index)
-        recomputing = True
+        computing = again
         return out.tokens, out.shared
 
     tokens = stream.tokens
     if residency is not None and differentiated:
         tokens = _watch_backward(tokens, index, residency)
-    if context.checkpointing and differentiated:
-        tokens, shared = checkpoint(compute, tokens, use_reentrant=False)
-    else:
-        tokens, shared = compute(tokens)
+    tokens, shared = compute(tokens) if policy is None else policy.run(compute, tokens)
     return replace(stream, tokens=tokens, shared=shared)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tuner import checkpointing
 from tuner.attention import Attention
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
@@ -49,6 +50,7 @@ class Session:
     _resident: str | None = None
 
     def __post_init__(self) -> None:
+        self.checkpointing = checkpointing.from_config(self.run.config, self.engine.device)
         names = tuple(network.name for network in self.trained)
         self.turns = Turns(names, self.model.spec.switch_steps or max(1, self.total))
         self.unchecked.update(names)
@@ -82,7 +84,7 @@ class Session:
         hook = self.manager.hook.route_tokens
         return StepContext(
             router=(lambda request: hook(run=self.run, request=request) or ()) if hook.get_hookimpls() else None,
-            checkpointing=self.run.config.checkpointing != "none",
+            checkpointing=self.checkpointing,
             residency=self.model.network.residency,
             keep_at_least=batch.keep_at_least,
             positions=batch.positions,
