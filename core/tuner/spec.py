@@ -44,8 +44,8 @@ class Linear:
     """The end of its module's name, such as ``attn1.to_q``."""
     inputs: int
     outputs: int
-    over: Literal["tokens", "text"] = "tokens"
-    """What it is applied to: every token of the clip, or the text."""
+    over: Literal["tokens", "text", "image"] = "tokens"
+    """What it is applied to: every token of the clip, the text, or the embedding of a frame."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ class NetworkSpec:
     """Parameters of one block that are in no matrix: biases, norms, modulation."""
     other: int = 0
     """Parameters outside the blocks."""
+    image_tokens: int = 0
+    """Tokens of the embedded frames that cross-attention reads beside the text."""
+    per_token_times: bool = False
+    """Whether in a clip of several frames each token has a time, and so a modulation, of its own."""
 
     @property
     def matrices(self) -> tuple[Linear, ...]:

@@ -45,6 +45,8 @@ class Workload:
     """What gets a gradient."""
     adapter_parameters: int = 0
     """Trained parameters beside the network's own."""
+    adapter_parameters_on_text: int = 0
+    """Those of them that are applied to the text, not to the tokens."""
     optimizer_bytes: float = 8.0
     """Optimizer state per trained parameter."""
     dropped: tuple[float, ...] = ()
