@@ -93,6 +93,18 @@ class TestPriorPreservation(PluginContract):
     plugin = "prior_preservation"
 
 
+class TestBitsandbytes(PluginContract):
+    plugin = "bitsandbytes"
+
+
+class TestFp8Scaled(PluginContract):
+    plugin = "fp8_scaled"
+
+
+class TestTorchao(PluginContract):
+    plugin = "torchao"
+
+
 class TestQuanto(PluginContract):
     plugin = "quanto"
 

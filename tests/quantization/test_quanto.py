@@ -14,20 +14,19 @@ from optimum.quanto import QLinear, WeightQBytesTensor, freeze, qint8, qtypes, q
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-import tuner_quantization
 from tuner.blocks import StepContext
 from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError
 from tuner.materialise import materialise
 from tuner.model import Network
 from tuner.run import Run
-from tuner_quantization import QUANTO_VALUES, QuantoPlugin
+from tuner_quantization import QuantoPlugin
 from tuner_quantization.quanto import quantise
 from tuner_wan import WanPlugin
 from tuner_wan.tiny import build_tiny_t2v
 
 CPU = torch.device("cpu")
-PRECISIONS = sorted(QUANTO_VALUES)
+PRECISIONS = ["fp8-quanto", "int8-quanto"]
 
 
 @pytest.fixture(scope="module")
@@ -232,24 +231,17 @@ def test_active_only_when_chosen():
     plugin().configure(Run(CoreConfig(model_type="full"), plugins={}))
 
 
+def test_a_quantised_text_encoder_stands_in_nobodys_way():
+    core = CoreConfig(text_encoder_1_precision="int8-quanto", model_type="full")
+    assert plugin().is_active(core)
+    plugin().configure(Run(core, plugins={}))
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_full_rank_training_is_refused(precision):
     core = CoreConfig(base_model_precision=precision, model_type="full")
     with pytest.raises(ConfigError, match="use `model_type: lora`"):
         plugin().configure(Run(core, plugins={}))
-
-
-@pytest.mark.parametrize("missing", ["optimum", "optimum.quanto"])
-def test_a_missing_package_is_named(monkeypatch, missing):
-    monkeypatch.setattr(tuner_quantization, "find_spec", lambda name: None if name == missing else object())
-    core = CoreConfig(base_model_precision="int8-quanto")
-    with pytest.raises(ConfigError, match=r"pip install difftuner\[quanto\]"):
-        plugin().configure(Run(core, plugins={}))
-
-
-def test_values_and_quantisers_agree():
-    assert plugin().values == {"base_model_precision": QUANTO_VALUES}
-    assert plugin().quantizers(Run(CoreConfig(), plugins={})).keys() == QUANTO_VALUES
 
 
 def test_the_entry_module_imports_nothing_heavy():

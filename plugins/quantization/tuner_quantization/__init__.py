@@ -6,9 +6,12 @@ full-precision network never exists as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuner.errors import ConfigError
 from tuner.hookspecs import hookimpl
@@ -16,56 +19,198 @@ from tuner.plugin import Plugin, PluginConfig
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
-    from tuner.model import Network, Sink
+    from tuner.model import Batch, Loss, Model, Network, Sink
     from tuner.run import Run
-
-QUANTO_VALUES = frozenset({"int8-quanto", "fp8-quanto"})
-
-
-def _quanto_installed() -> bool:
-    # Asked in two steps: a submodule of a missing package raises instead of being None.
-    return find_spec("optimum") is not None and find_spec("optimum.quanto") is not None
+    from tuner.spec import ModelSpec
+    from tuner.workload import Workload
+    from tuner_quantization.layers import LinearSink
 
 
-class QuantoPlugin(Plugin[PluginConfig]):
-    """8-bit weights of the frozen base (int8 or fp8, scaled per output channel) by optimum-quanto."""
+@dataclass(frozen=True)
+class Precision:
+    """One value of ``base_model_precision``."""
+
+    sink: str
+    """``module:Class`` of its sink, in this package."""
+    bytes: float
+    """per weight, its scales included"""
+    cuda: bool = False
+    """whether it needs a CUDA device"""
+    package: str | None = None
+    """a module it needs beside the plugin's own, and the name to install"""
+
+
+class QuantisationPlugin(Plugin[PluginConfig]):
+    """A backend. A subclass says which precisions it has, and what they need."""
 
     requires: ClassVar[frozenset[str]] = frozenset({"model-family"})
-    values: ClassVar[Mapping[str, frozenset[str]]] = {"base_model_precision": QUANTO_VALUES}
+    precisions: ClassVar[Mapping[str, Precision]] = {}
+    needs: ClassVar[Mapping[str, str]] = {}
+    """Modules that it needs -> what to install."""
+
+    def __init__(self, name: str, config: PluginConfig) -> None:
+        super().__init__(name, config)
+        self._sinks: dict[str, LinearSink] = {}
 
     def is_active(self, core: CoreConfig) -> bool:
         """Only when one of its precisions is chosen."""
-        return core.base_model_precision in QUANTO_VALUES
+        return any(self._chosen(core))
+
+    def _chosen(self, core: CoreConfig) -> Iterator[str]:
+        """The keys that name one of its precisions."""
+        keys = ("base_model_precision", "text_encoder_1_precision")
+        return (key for key in keys if getattr(core, key) in self.precisions)
 
     @hookimpl
     def configure(self, run: Run) -> None:
-        """Refuse full-rank training on a quantised base, and a machine without the package."""
-        if not self.is_active(run.config):
-            return
-        where = f"base_model_precision: {run.config.base_model_precision}"
-        if run.config.model_type == "full":
-            raise ConfigError(
-                "quantised weights cannot be trained, and `model_type: full` trains them",
-                where=where,
-                remedy="use `model_type: lora`, or `base_model_precision: no_change`",
-            )
-        if not _quanto_installed():
-            raise ConfigError(
-                "the package optimum-quanto is not installed",
-                where=where,
-                remedy="pip install difftuner[quanto]",
-            )
+        """Refuse full-rank training on a quantised base, and a machine that cannot run the backend."""
+        for key in self._chosen(run.config):
+            value = getattr(run.config, key)
+            where = f"{key}: {value}"
+            if key == "base_model_precision" and run.config.model_type == "full":
+                raise ConfigError(
+                    "quantised weights cannot be trained, and `model_type: full` trains them",
+                    where=where,
+                    remedy="use `model_type: lora`, or `base_model_precision: no_change`",
+                )
+            needs = dict(self.needs)
+            if package := self.precisions[value].package:
+                needs[package] = f"pip install {package}"
+            for module, install in needs.items():
+                if not _installed(module):
+                    raise _cannot(f"it needs the package {module}, which is not installed", where, install)
+            if self.precisions[value].cuda and not _cuda():
+                raise _cannot("it needs a CUDA device", where, None)
 
     @hookimpl
     def quantizers(self, run: Run) -> Mapping[str, Callable[[Network], Sink]]:
-        """``int8-quanto`` and ``fp8-quanto``; quanto itself is imported when one of them is used."""
+        """Its precisions; the library itself is imported when one of them is used."""
+        return {value: partial(self._sink, run, value) for value in self.precisions}
 
-        def sink_of(qtype: str) -> Callable[[Network], Sink]:
-            def make(network: Network) -> Sink:
-                from tuner_quantization.quanto import QuantoSink
+    def _sink(self, run: Run, value: str, network: Network) -> Sink:
+        import torch
 
-                return QuantoSink(network, qtype, device=run.device, dtype=run.dtype)
+        module, _, name = self.precisions[value].sink.partition(":")
+        cls: type[LinearSink] = getattr(import_module(f"tuner_quantization.{module}"), name)
+        via = torch.device("cpu") if run.config.quantize_via == "cpu" else run.device
+        sink = cls.of(network, device=run.device, via=via, dtype=run.dtype)
+        self._sinks[network.name] = sink
+        return sink
 
-            return make
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """Bytes of a weight."""
+        chosen = self.precisions.get(run.config.base_model_precision)
+        return {} if chosen is None else {"weight_bytes": chosen.bytes}
 
-        return {"int8-quanto": sink_of("qint8"), "fp8-quanto": sink_of("qfloat8_e4m3fn")}
+    @hookimpl(wrapper=True)
+    def compute_loss(self, run: Run, model: Model, batch: Batch) -> Generator[None, Loss, Loss]:
+        """Before a network's first batch is trained on, say what quantising did to its output."""
+        sink = self._sinks.pop(model.network.name, None)
+        if sink is not None and run.config.base_model_precision in self.precisions:
+            self._report(run, model, batch, sink)
+        return (yield)
+
+    def _report(self, run: Run, model: Model, batch: Batch, sink: LinearSink) -> None:
+        from tuner_quantization.report import LARGE, line, output_error
+
+        network = model.network
+        error = output_error(model, network, sink.layers, batch)
+        if not run.is_main:
+            return
+        run.log.info("%s", line(network.name, run.config.base_model_precision, sink, error))
+        if not error < LARGE:
+            run.log.warning(
+                "%s changes the output of %s by %.1f %%: what is trained on it may not fit the unquantised model; "
+                "fp8-scaled and int8 change it least",
+                run.config.base_model_precision,
+                network.name,
+                100 * error,
+            )
+
+
+class QuantoPlugin(QuantisationPlugin):
+    """8-bit and 4-bit weights of the frozen base by optimum-quanto."""
+
+    precisions: ClassVar[Mapping[str, Precision]] = {
+        "int8-quanto": Precision("quanto:Int8Sink", 1.0),
+        "fp8-quanto": Precision("quanto:Fp8Sink", 1.0),
+        "int4-quanto": Precision("quanto:Int4Sink", 0.625),
+    }
+    needs: ClassVar[Mapping[str, str]] = {"optimum.quanto": "pip install difftuner[quanto]"}
+    values: ClassVar[Mapping[str, frozenset[str]]] = {
+        "base_model_precision": frozenset(precisions),
+        "text_encoder_1_precision": frozenset(precisions),
+    }
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base_model_precision": "int8-quanto"},)
+
+
+class TorchaoPlugin(QuantisationPlugin):
+    """Weight-only int8, fp8 and int4 of the frozen base by torchao."""
+
+    precisions: ClassVar[Mapping[str, Precision]] = {
+        "int8-torchao": Precision("torchao:Int8Sink", 1.0),
+        "fp8-torchao": Precision("torchao:Fp8Sink", 1.0),
+        "int4-torchao": Precision("torchao:Int4Sink", 0.5625, cuda=True, package="mslk"),
+    }
+    needs: ClassVar[Mapping[str, str]] = {"torchao": "pip install difftuner[torchao]"}
+    values: ClassVar[Mapping[str, frozenset[str]]] = {
+        "base_model_precision": frozenset(precisions),
+        "text_encoder_1_precision": frozenset(precisions),
+    }
+
+
+class BitsandbytesPlugin(QuantisationPlugin):
+    """4-bit NormalFloat (arXiv:2305.14314) and int8 weights of the frozen base by bitsandbytes."""
+
+    precisions: ClassVar[Mapping[str, Precision]] = {
+        "int8-bnb": Precision("bitsandbytes:Int8Sink", 1.0),
+        "nf4-bnb": Precision("bitsandbytes:Nf4Sink", 0.516),
+    }
+    needs: ClassVar[Mapping[str, str]] = {"bitsandbytes": "pip install difftuner[bitsandbytes]"}
+    values: ClassVar[Mapping[str, frozenset[str]]] = {
+        "base_model_precision": frozenset(precisions),
+        "text_encoder_1_precision": frozenset(precisions),
+    }
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base_model_precision": "nf4-bnb"},)
+
+
+class Fp8ScaledPlugin(QuantisationPlugin):
+    """float8 weights of the frozen base with a float32 scale for each 64 inputs: needs no library."""
+
+    precisions: ClassVar[Mapping[str, Precision]] = {"fp8-scaled": Precision("fp8_scaled:Fp8ScaledSink", 1.0625)}
+    values: ClassVar[Mapping[str, frozenset[str]]] = {
+        "base_model_precision": frozenset(precisions),
+        "text_encoder_1_precision": frozenset(precisions),
+    }
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base_model_precision": "fp8-scaled"},)
+
+
+def _cannot(why: str, where: str, install: str | None) -> ConfigError:
+    """The error for a backend that cannot run here, with those that can."""
+    plugins = (Fp8ScaledPlugin, QuantoPlugin, TorchaoPlugin, BitsandbytesPlugin)
+    runs = [
+        value
+        for plugin in plugins
+        if all(map(_installed, plugin.needs))
+        for value, precision in plugin.precisions.items()
+        if not precision.cuda
+    ]
+    return ConfigError(
+        f"this precision cannot be used here: {why}",
+        where=where,
+        allowed=f"what runs here: {', '.join(runs)}",
+        remedy=install or "choose one of those",
+    )
+
+
+def _installed(module: str) -> bool:
+    # From the outside in: a submodule of a missing package raises instead of being None.
+    parts = module.split(".")
+    return all(find_spec(".".join(parts[: end + 1])) is not None for end in range(len(parts)))
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""8-bit weights by optimum-quanto, made tensor by tensor while a network is read.
+"""8-bit and 4-bit weights by optimum-quanto, made tensor by tensor while a network is read.
 
 quanto's own ``quantize`` and ``freeze`` need the whole network in full precision first. Here the Linear
 layers are replaced while they have no storage yet, and each weight is quantised as it arrives.
@@ -6,51 +6,48 @@ layers are replaced while they have no storage yet, and each weight is quantised
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 
 import torch
-from optimum.quanto import AbsmaxOptimizer, QLinear, WeightQBytesTensor, qtype, qtypes
+from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, QLinear, WeightQBytesTensor, qint4, qtype, qtypes
+from optimum.quanto.tensor.packed import PackedTensor
 from torch import Tensor, nn
 
-from tuner.model import Network
+from tuner_quantization.layers import LinearSink
+from tuner_quantization.stored import Codec, StoredSink
 
-FULL_PRECISION = ("norm", "modulation")
-"""Layers inside a block whose path has one of these stay as they are: small, and errors there are not."""
+GROUP = 64
+"""Inputs that share a scale and a zero point of int4."""
 
 
-class QuantoSink:
-    """Takes the weights of the blocks' Linear layers and keeps them in 8 bits, one scale per output channel.
+class QuantoSink(LinearSink):
+    """Keeps the weights in 8 bits, one scale per output channel, in quanto's ``QLinear`` (still an ``nn.Linear``)."""
 
-    Arguments
-        network: not yet materialised; its blocks' ``nn.Linear`` become quanto's ``QLinear`` (still an ``nn.Linear``).
-        qtype_name: quanto's name of the storage type, ``qint8`` or ``qfloat8_e4m3fn``.
-        device: where the quantised weights go.
-        dtype: what the layers compute in and give back; the dtype of autocast, if there is any.
-    """
+    kind: qtype
 
-    def __init__(self, network: Network, qtype_name: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        self._qtype: qtype = qtypes[qtype_name]
-        self._device, self._dtype = device, dtype
-        names = {module: name for name, module in network.module.named_modules()}
-        self._layers = {
-            f"{names[block]}.{path}": _replace(block, path, self._qtype)
-            for block in network.stack.blocks
-            for path in list(_linear_paths(block))
-        }
+    def empty(self, plain: nn.Linear) -> nn.Linear:
+        """A QLinear without storage."""
+        layer: QLinear = QLinear.from_module(plain, weights=self.kind)
+        # Only quantised activations use these two, but on the meta device they could not be moved.
+        layer.input_scale, layer.output_scale = torch.ones(()), torch.ones(())
+        return layer
 
-    def take(self, module: nn.Module, name: str, tensor: Tensor) -> bool:
-        """Quantise a weight ``tensor`` (out, in) where it is, and keep only the result, on the device."""
-        owner, _, leaf = name.rpartition(".")
-        layer = self._layers.get(owner)
-        if layer is None:
-            return False
-        if leaf == "weight":
-            kept: Tensor = quantise(tensor, self._qtype, device=self._device, dtype=self._dtype)
-        else:
-            # A bias in another dtype than the product would decide the output's dtype, and backward would fail.
-            kept = torch.empty(tensor.shape, dtype=self._dtype, device=self._device).copy_(tensor)
-        layer._parameters[leaf] = nn.Parameter(kept, requires_grad=False)
-        return True
+    def fill(self, layer: nn.Linear, weight: Tensor) -> None:
+        """Quantise ``weight`` (out, in), and keep only the result, on the device."""
+        kept: Tensor = quantise(weight, self.kind, device=self.device, dtype=self.dtype)
+        layer._parameters["weight"] = nn.Parameter(kept, requires_grad=False)
+
+
+class Int8Sink(QuantoSink):
+    """int8."""
+
+    kind = qtypes["qint8"]
+
+
+class Fp8Sink(QuantoSink):
+    """float8_e4m3fn."""
+
+    kind = qtypes["qfloat8_e4m3fn"]
 
 
 def quantise(weight: Tensor, kind: qtype, *, device: torch.device, dtype: torch.dtype) -> WeightQBytesTensor:
@@ -71,17 +68,31 @@ def quantise(weight: Tensor, kind: qtype, *, device: torch.device, dtype: torch.
     )
 
 
-def _linear_paths(block: nn.Module) -> Iterator[str]:
-    for path, module in block.named_modules():
-        if type(module) is nn.Linear and not any(word in path for word in FULL_PRECISION):
-            yield path
+class Int4(Codec):
+    """``weight`` (rows / 2, columns) uint8, two values each, ``weight_scale`` and ``weight_shift`` (groups, 1) float32.
+
+    quanto's own 4-bit tensor compiles a C++ extension into its package when it is first read; here its two values a
+    byte are taken apart by torch.
+    """
+
+    names = ("weight", "weight_scale", "weight_shift")
+
+    def encode(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """quanto's affine quantisation in groups of 64 inputs."""
+        full = weight.float()
+        size = GROUP if full.shape[1] % GROUP == 0 else full.shape[1]
+        scale, shift = MaxOptimizer()(full, qint4, 0, size)
+        data = torch.ops.quanto.quantize_affine(full, bits=4, axis=0, group_size=size, scale=scale, shift=shift)
+        return {"weight": PackedTensor.pack(data, 4)._data, "weight_scale": scale, "weight_shift": shift}
+
+    def decode(self, stored: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Both halves of each byte, scaled and shifted in float32."""
+        packed, scale, shift = stored
+        values = torch.cat([packed & 15, packed >> 4])[: len(scale)]
+        return (values * scale - shift).to(dtype).view(shape)
 
 
-def _replace(block: nn.Module, path: str, kind: qtype) -> QLinear:
-    """Put a QLinear without storage in the place of the Linear at ``path``."""
-    layer: QLinear = QLinear.from_module(block.get_submodule(path), weights=kind)
-    # Only quantised activations use these two, but on the meta device they could not be moved.
-    layer.input_scale, layer.output_scale = torch.ones(()), torch.ones(())
-    layer.train(block.training)
-    block.set_submodule(path, layer)
-    return layer
+class Int4Sink(StoredSink):
+    """Keeps the weights in int4."""
+
+    codec = Int4()
