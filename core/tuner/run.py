@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tuner.data.encode import CachedData
     from tuner.data.samples import Bucket
     from tuner.data.source import Source
-    from tuner.model import Batch, Loss, Model
+    from tuner.model import Batch, Loss, Model, Network, Sink
     from tuner.plugin import AnyPlugin
     from tuner.spec import ModelSpec, NetworkSpec
     from tuner.workload import Workload
@@ -45,6 +45,8 @@ class Run:
     """(frames, height, width) in pixels of the shape most clips are trained at; set once the data is known."""
     token_selectors: Mapping[str, TokenSelector] = field(default_factory=dict)
     """Ways to choose the tokens that a route keeps, by name; set once the model is described."""
+    quantizer: Callable[[str], Callable[[Network], Sink]] | None = None
+    """The quantisation backend of a precision (see the hook ``quantizers``); set once the model is described."""
     step: int = 0
     """Optimizer steps done."""
     total_steps: int = 0

@@ -5,13 +5,13 @@ The order comes from the stages alone, never from the order in which plugins wer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tuner import rng
 from tuner.errors import ConfigError, PluginError
 from tuner.materialise import materialise
-from tuner.model import Model, Network, Sink, Stage, Transform
+from tuner.model import Model, Network, Stage, Transform
 
 if TYPE_CHECKING:
     from tuner.manager import Manager
@@ -27,7 +27,7 @@ def collect(run: Run, model: Model, manager: Manager) -> list[Transform]:
     found = [
         transform for _, answer in manager.collect("model_transforms", run=run, model=model) for transform in answer
     ]
-    quantiser = _quantiser(run, manager)
+    quantiser = _quantiser(run)
     if quantiser is not None:
         found.append(quantiser)
     for network in model.networks.values():
@@ -40,18 +40,18 @@ def of(network: Network, transforms: Sequence[Transform]) -> list[Transform]:
     return [each for each in transforms if each.networks is None or network.name in each.networks]
 
 
-def _quantiser(run: Run, manager: Manager) -> Transform | None:
+def _quantiser(run: Run) -> Transform | None:
     """The transform of ``base_model_precision``, from the registry of quantisation backends."""
     precision = run.config.base_model_precision
     if precision == "no_change":
         return None
-    backends: dict[str, Callable[[Network], Sink]] = manager.registry("quantizers", run)
+    assert run.quantizer is not None, "the model is not described yet"
     return Transform(
         stage=Stage.QUANTIZE,
         name=precision,
         claims=frozenset({"base_weights"}),
         apply=lambda network: None,
-        sink=backends[precision],
+        sink=run.quantizer(precision),
     )
 
 
@@ -66,8 +66,13 @@ def _check(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
                     remedy="unload one of them with --without",
                 )
             owner[claim] = transform.name
-    if not any(transform.stage is Stage.ADAPT for transform in transforms):
-        config = run.config
+    config, stages = run.config, {transform.stage for transform in transforms}
+    if config.checkpointing in ("selective", "offload") and Stage.CHECKPOINT not in stages:
+        raise ConfigError(
+            f"gradient_checkpointing {config.checkpointing!r} is served by no loaded plugin",
+            allowed="true and false; the built-in plugin checkpointing serves selective and offload",
+        )
+    if Stage.ADAPT not in stages:
         raise ConfigError(
             f"no loaded plugin trains network {network.name!r} with model_type {config.model_type!r} "
             f"and lora_type {config.lora_type!r}",

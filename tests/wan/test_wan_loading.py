@@ -18,8 +18,8 @@ from tuner.materialise import materialise
 from tuner.model import Model
 from tuner.run import Run
 from tuner_wan import WanPlugin
-from tuner_wan.components import text_encoder_dtype
 from tuner_wan.describe import describe
+from tuner_wan.text_encoder import text_encoder_dtype
 
 NewRun = Callable[..., Run]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

@@ -40,6 +40,12 @@ class ModelKeys(PluginConfig):
         "Quantise the frozen base: `no_change`, or a value of a quantisation plugin, such as `int8-quanto`.",
         effect="memory",
     )
+    text_encoder_1_precision: str = key(
+        "no_change", "The same for the text encoder, which is only there while captions are encoded.", effect="memory"
+    )
+    quantize_via: Literal["cpu", "accelerator"] = key(
+        "accelerator", "Where weights are quantised: on the device, one by one as they are read, or on the CPU."
+    )
     base_model_default_dtype: Literal["bf16", "fp32"] | None = key(
         None, "Dtype of the base's unquantised matrices; follows `mixed_precision` when absent."
     )

@@ -15,15 +15,7 @@ from tuner.plugin import PluginConfig, key
 class PendingKeys(PluginConfig):
     """Owned, checked, and without effect yet."""
 
-    quantize_via: Literal["cpu", "accelerator"] = key(
-        "accelerator", "Where weights are quantised.", pending="weights are quantised where they are read, on the CPU"
-    )
-    text_encoder_1_precision: str = key(
-        "no_change", "Quantise the text encoder while caching.", pending="the text encoder stays in its own precision"
-    )
-    text_encoder_2_precision: str = key(
-        "no_change", "Quantise a second text encoder.", pending="Wan has one text encoder"
-    )
+    text_encoder_2_precision: str = key("no_change", "Quantise a second text encoder.", pending="there is only one")
     disable_benchmark: bool = key(
         False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
     )

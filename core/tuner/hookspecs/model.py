@@ -55,10 +55,12 @@ class ModelHooks:
     def quantizers(self, run: Run) -> Mapping[str, Any]:
         """Offer quantisation backends.
 
-        Called: all, once, before anything is encoded, when ``base_model_precision`` names a backend.
+        Called: all, when ``base_model_precision`` or ``text_encoder_1_precision`` names a backend, before the weights
+        it is for are read.
         Arguments: ``run``.
-        Returns: value of ``base_model_precision`` -> a function ``(network) -> Sink`` that prepares the
-        network's modules and takes each tensor as it is read. A value offered twice is an error.
+        Returns: precision -> a function ``(network) -> Sink`` that prepares the modules of the network's blocks and
+        takes each tensor as it is read. The network may be a text encoder: no block driver runs its ``stack``. A value
+        offered twice is an error.
 
         Example::
 

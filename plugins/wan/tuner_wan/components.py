@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from tuner.errors import ModelError, nearest
 from tuner.model import Component
-from tuner_wan import encode, sources
+from tuner_wan import encode, sources, text_encoder
 from tuner_wan.flavours import TEXT_TOKENS
-from tuner_wan.names import text_encoder_name
-from tuner_wan.sources import STEMS, Part
+from tuner_wan.sources import STEMS, Part, broken, folder_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 TILE, TILE_STRIDE = 256, 192
 """Pixels: the sides of a tile of the VAE, and how far apart tiles begin; what overlaps is blended."""
-TIED = frozenset({"encoder.embed_tokens.weight"})
-"""Twins of other tensors, which files leave out."""
 SHOWN = 5
 """How many tensors an error names."""
 
@@ -48,15 +45,8 @@ class ImageEncoder:
 
 def components(parts: Mapping[str, Part], spec: ModelSpec, run: Run) -> dict[str, Component]:
     """Text encoder, VAE and, where the flavour has one, image encoder; none of them loaded."""
-    text_dtype = text_encoder_dtype(run.device, run.dtype)
-    tokenizer = _folder(parts["tokenizer"])
     found = {
-        "text_encoder": Component(
-            load=partial(load_text_encoder, parts["text_encoder"], tokenizer, run.device, text_dtype),
-            files=(*_files(parts["text_encoder"]), *_files_in(tokenizer)),
-            settings={"dtype": str(text_dtype), "tokens": str(TEXT_TOKENS)},
-            version=encode.TEXT_VERSION,
-        ),
+        "text_encoder": _text_encoder(parts["text_encoder"], folder_of(parts["tokenizer"]), run),
         "vae": Component(
             load=lambda: in_parts(load_vae(parts["vae"], run.device), run.config),
             files=_files(parts["vae"]),
@@ -65,7 +55,7 @@ def components(parts: Mapping[str, Part], spec: ModelSpec, run: Run) -> dict[str
         ),
     }
     if "conditioning" in spec.encoders:
-        processor = _folder(parts["image_processor"])
+        processor = folder_of(parts["image_processor"])
         found["image_encoder"] = Component(
             load=partial(load_image_encoder, parts["image_encoder"], processor, run.device),
             files=(*_files(parts["image_encoder"]), *_files_in(processor)),
@@ -75,27 +65,17 @@ def components(parts: Mapping[str, Part], spec: ModelSpec, run: Run) -> dict[str
     return found
 
 
-def text_encoder_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bfloat16, UMT5's own, on an accelerator in mixed precision (float16 overflows in it); else float32."""
-    return torch.float32 if device.type == "cpu" or dtype == torch.float32 else torch.bfloat16
-
-
-def load_text_encoder(part: Part, tokenizer: Path, device: torch.device, dtype: torch.dtype) -> encode.TextEncoder:
-    """UMT5 and its tokenizer, in evaluation mode on ``device``."""
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
-
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as error:
-        raise broken("tokenizer", error, tokenizer) from error
-    if part.file is not None:
-        config = UMT5Config.from_dict(sources.read_config(part) or {})
-        model = _filled(partial(UMT5EncoderModel, config), part.file, _text_names, dtype)
-    else:
-        model = _from_folder(UMT5EncoderModel, part, dtype, ignored=TIED)
-    # Some releases of transformers 5 leave the encoder's own embedding untied, that is, random.
-    model.set_input_embeddings(model.get_input_embeddings())
-    return encode.TextEncoder(words, _frozen(model, device), TEXT_TOKENS)
+def _text_encoder(part: Part, tokenizer: Path, run: Run) -> Component:
+    """UMT5 as ``text_encoder_1_precision`` wants it."""
+    reading = text_encoder.reading(part, tokenizer, run)
+    precision = {} if reading.quantiser is None else {"precision": run.config.text_encoder_1_precision}
+    return Component(
+        load=reading.on_device,
+        on_host=reading.on_host,
+        files=(*_files(part), *_files_in(tokenizer)),
+        settings={"dtype": str(reading.dtype), "tokens": str(TEXT_TOKENS)} | precision,
+        version=encode.TEXT_VERSION,
+    )
 
 
 def load_vae(part: Part, device: torch.device) -> AutoencoderKLWan:
@@ -145,9 +125,9 @@ def load_image_encoder(part: Part, processor: Path, device: torch.device) -> Ima
     return ImageEncoder(preparation, _frozen(model, device))
 
 
-def _from_folder(kind: Any, part: Part, dtype: torch.dtype, ignored: frozenset[str] = frozenset()) -> Any:
+def _from_folder(kind: Any, part: Part, dtype: torch.dtype) -> Any:
     """The model in a folder of the diffusers layout. Raises ModelError where tensors are missing."""
-    folder = _folder(part)
+    folder = folder_of(part)
     named = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
     try:
         model, found = kind.from_pretrained(
@@ -157,7 +137,7 @@ def _from_folder(kind: Any, part: Part, dtype: torch.dtype, ignored: frozenset[s
         raise
     except Exception as error:
         raise broken(part.name.replace("_", " "), error, folder) from error
-    missing = set(found["missing_keys"]) - ignored
+    missing = found["missing_keys"]
     if missing:
         raise ModelError(
             f"the weights lack {len(missing)} tensors, such as {min(missing)!r}", where=folder, remedy="fetch it again"
@@ -186,7 +166,7 @@ def _filled(
     wrong = [
         f"{name}: {_shape(tensors.get(name))}, needed {shape}"
         for name, shape in expected.items()
-        if name not in _tied(model) and _shape(tensors.get(name)) != shape
+        if _shape(tensors.get(name)) != shape
     ]
     strange = [name for name in tensors if name not in expected]
     if wrong or strange:
@@ -204,15 +184,6 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...] | str:
     return "missing" if tensor is None else tuple(tensor.shape)
 
 
-def _tied(model: nn.Module) -> frozenset[str]:
-    """Names of tensors that are another one's twin, which files leave out."""
-    return TIED if hasattr(model, "shared") else frozenset()
-
-
-def _text_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {text_encoder_name(name): tensor for name, tensor in tensors.items()}
-
-
 def _vae_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers' names; its own converter knows those of Wan's code."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
@@ -226,27 +197,14 @@ def _frozen(model: Any, device: torch.device) -> Any:
     return model.requires_grad_(False).eval().to(device)
 
 
-def _folder(part: Part) -> Path:
-    assert part.folder is not None, f"{part.name} was not fetched"
-    return part.folder
-
-
 def _files(part: Part) -> tuple[Path, ...]:
     """What decides an encoder's output: its config and its weights."""
     if part.file is not None:
-        beside = () if part.beside is None else (_folder(part.beside) / sources.CONFIGS[part.name],)
+        beside = () if part.beside is None else (folder_of(part.beside) / sources.CONFIGS[part.name],)
         return (*beside, part.file)
-    folder = _folder(part)
+    folder = folder_of(part)
     return (folder / sources.CONFIGS[part.name], *sources.weight_files(folder, STEMS[part.name]))
 
 
 def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
-
-
-def broken(what: str, error: Exception, where: Path) -> ModelError:
-    """The error for something on disk that cannot be read."""
-    reason = str(error).strip().splitlines()
-    return ModelError(
-        f"cannot read the {what}: {reason[0] if reason else type(error).__name__}", where=where, remedy="fetch it again"
-    )

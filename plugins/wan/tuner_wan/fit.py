@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import nn
 
 from tuner.errors import ModelError
-from tuner_wan.components import broken
 from tuner_wan.flavours import FLAVOURS, Flavour
 from tuner_wan.names import diffusers_name, is_original
+from tuner_wan.sources import broken
 
 SHOWN = 5
 """How many tensors an error names."""

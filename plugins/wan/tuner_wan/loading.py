@@ -18,13 +18,13 @@ from tuner.materialise import materialise
 from tuner.model import Component, Network
 from tuner.spec import ModelSpec, NetworkSpec
 from tuner_wan import sources
-from tuner_wan.components import broken, components
+from tuner_wan.components import components
 from tuner_wan.describe import choose, denoiser_config, describe, locate, sampler_shift
 from tuner_wan.fetch import fetch
 from tuner_wan.fit import check_weights
 from tuner_wan.model import OTHER_EXPERT, WanModel
 from tuner_wan.names import diffusers_name, is_original
-from tuner_wan.sources import STEMS, Part
+from tuner_wan.sources import STEMS, Part, broken
 
 if TYPE_CHECKING:
     from tuner.run import Run

@@ -274,3 +274,17 @@ def _cached(part: Part, filename: str) -> dict[str, Any] | None:
 def refuse(problem: str, part: Part, remedy: str) -> ConfigError:
     """The error for a part that is whole and does not fit."""
     return ConfigError(problem, where=f"{part.key} = {part.base}", remedy=remedy)
+
+
+def folder_of(part: Part) -> Path:
+    """The folder of a part that is no single file and on this machine."""
+    assert part.folder is not None, f"{part.name} was not fetched"
+    return part.folder
+
+
+def broken(what: str, error: Exception, where: Path) -> ModelError:
+    """The error for something on disk that cannot be read."""
+    reason = str(error).strip().splitlines()
+    return ModelError(
+        f"cannot read the {what}: {reason[0] if reason else type(error).__name__}", where=where, remedy="fetch it again"
+    )
