@@ -27,9 +27,10 @@ class QuantoSink(LinearSink):
 
     def empty(self, plain: nn.Linear) -> nn.Linear:
         """A QLinear without storage."""
-        layer: QLinear = QLinear.from_module(plain, weights=self.kind)
+        layer: nn.Linear = QLinear.from_module(plain, weights=self.kind)
         # Only quantised activations use these two, but on the meta device they could not be moved.
-        layer.input_scale, layer.output_scale = torch.ones(()), torch.ones(())
+        layer.register_buffer("input_scale", torch.ones(()))
+        layer.register_buffer("output_scale", torch.ones(()))
         return layer
 
     def fill(self, layer: nn.Linear, weight: Tensor) -> None:
