@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -212,3 +214,18 @@ def test_the_key_alone_quantises_while_a_run_caches(
     with caplog.at_level("INFO", logger="tuner"):
         pipeline.cache(assemble(config))
     assert any(line.startswith("text encoder in int8-quanto") for line in caplog.messages)
+
+
+def test_a_quantised_text_encoder_is_gone_after_its_phase(
+    tiny: Path, plugin: WanPlugin, new_run: Callable[..., Run]
+) -> None:
+    run = new_run(plugin, pretrained_model_name_or_path=str(tiny), text_encoder_1_precision="int8-quanto")
+    backend = QuantoPlugin("quanto", QuantoPlugin.Config())
+    run.quantizer = lambda name: backend.quantizers(run)[name]
+    model = plugin.load_model(run)
+    with model.use("text_encoder") as (encoder,):
+        layer = weakref.ref(encoder.model.encoder.block[0].layer[0].SelfAttention.q)
+        assert layer() is not None
+    del encoder
+    gc.collect()
+    assert layer() is None

@@ -94,7 +94,8 @@ class QuantisationPlugin(Plugin[PluginConfig]):
         cls: type[LinearSink] = getattr(import_module(f"tuner_quantization.{module}"), name)
         via = torch.device("cpu") if run.config.quantize_via == "cpu" else run.device
         sink = cls.of(network, device=run.device, via=via, dtype=run.dtype)
-        self._sinks[network.name] = sink
+        if run.spec is not None and network.spec in run.spec.networks:  # else it would outlive a text encoder
+            self._sinks[network.name] = sink
         return sink
 
     @hookimpl
