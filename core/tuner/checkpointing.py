@@ -1,45 +1,22 @@
 """What is kept of a block between its forward and its backward.
 
-Each policy is torch's checkpoint plus at most one thing: *selective* also keeps what self-attention gave, *offload*
-keeps the block's input in host memory.
+Here is what is always there: the block's input alone. A plugin may put another policy on a network, in the stage
+``CHECKPOINT``; the block driver calls it for each block that it checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
-from weakref import ReferenceType, ref
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from tuner.run import log
-
-if TYPE_CHECKING:
-    from tuner.config.keys import CoreConfig
-
-ATTENTION_OPERATORS = {
-    "aten::_scaled_dot_product_flash_attention": -2,
-    "aten::_scaled_dot_product_efficient_attention": -2,
-    "aten::_scaled_dot_product_cudnn_attention": -2,
-    "aten::_scaled_dot_product_fused_attention_overrideable": -2,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": -2,
-    "flash_attn::_flash_attn_forward": -3,
-    "flash_attn::_flash_attn_varlen_forward": -3,
-    "flash_attn_3::_flash_attn_forward": -3,
-    "flash_attn_3::fwd": -3,
-    "xformers::efficient_attention_forward_cutlass": -3,
-    "xformers_flash::flash_fwd": -3,
-}
-"""Operators that compute attention whole, with the token axis of their first two arguments, query and key. A plugin
-adds that of its kernel here. Attention that is no such operator (torch's ``math``, Triton functions) is recomputed."""
-ALIGNMENT = 256
-SLAB = 8
-"""Fewer buffers than this are cut from one piece of pinned memory."""
+_TORCHS_OWN = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+ATTENTION_OPERATORS = {f"aten::_scaled_dot_product_{name}": -2 for name in _TORCHS_OWN}
+"""Operators that compute attention whole, by the name torch dispatches them under, with the token axis of their first
+two arguments, query and key. A plugin adds that of its kernel, so that a policy may keep what it gives."""
 
 
 class Checkpointing:
@@ -58,196 +35,3 @@ class Checkpointing:
     def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """What the block itself is computed in: in this forward, and in its recomputation."""
         return nullcontext(), nullcontext()
-
-
-class Selective(Checkpointing):
-    """Also keeps what self-attention gave, its log-sum-exp included, so that it is computed once.
-
-    Attention to as many keys as there are queries is self-attention. A text of exactly as many tokens as the clip
-    passes for it: harmless, it is kept too.
-    """
-
-    def __init__(self, interval: int = 1) -> None:
-        super().__init__(interval)
-        self.kept = 0
-        """Outputs of attention that forwards kept so far."""
-        self._blocks = 0
-
-    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Torch's selective checkpointing. Says so, once, where the first block had nothing that can be kept."""
-        if self._blocks == 1 and not self.kept:
-            log.warning(
-                "gradient_checkpointing: selective keeps nothing here: torch cannot take the output of this attention "
-                "kernel out of its block (a kernel without an operator, or compiled), so it is computed again"
-            )
-        self._blocks += 1
-        keep, reuse = create_selective_checkpoint_contexts(self._keep)
-        return _SelfAttention(keep), _SelfAttention(reuse)
-
-    def _keep(self, *_: Any, **__: Any) -> CheckpointPolicy:
-        self.kept += 1
-        return CheckpointPolicy.MUST_SAVE
-
-
-class _SelfAttention(TorchDispatchMode):
-    """Shows one of torch's two modes self-attention and nothing else.
-
-    Torch refuses a recomputation with operations that the forward did not have, such as casts that autocast had cached.
-    """
-
-    def __init__(self, mode: TorchDispatchMode) -> None:
-        super().__init__()
-        self._mode = mode
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """As torch's own: compiled blocks stay compiled in it."""
-        return True
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        axis = ATTENTION_OPERATORS.get(operator.name())
-        if axis is not None and args[0].shape[axis] == args[1].shape[axis]:
-            return self._mode.__torch_dispatch__(operator, types, args, kwargs)
-        return operator(*args, **(kwargs or {}))
-
-
-class Offload(Checkpointing):
-    """Keeps block inputs in host memory, and brings each back while the block behind it computes its backward.
-
-    On CUDA the copies run on a stream of their own; elsewhere at once. The last input of a forward stays on the device
-    until backward begins with it or another forward begins: the turn waits for nothing.
-    """
-
-    def __init__(self, device: torch.device, interval: int = 1) -> None:
-        super().__init__(interval)
-        self.device = device
-        self.pool = HostPool(pinned=device.type == "cuda")
-        self.copied_out = self.copied_back = 0
-        """Block inputs copied to the host, and back to the device, so far."""
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._latest: ReferenceType[HostInput] | None = None
-
-    def run(self, block: Callable[[Tensor], Any], tokens: Tensor) -> Any:
-        """``block(tokens)``, checkpointed. Only the input goes to the host: inside the block torch's hooks hold."""
-        with saved_tensors_hooks(self._pack, HostInput.take):
-            return super().run(block, tokens)
-
-    def _pack(self, tokens: Tensor) -> HostInput:
-        before = self._latest
-        if before is not None and (last := before()) is not None:
-            last.let_go()
-        packed = HostInput(self, self.pool.take(tokens.nbytes), tokens.detach(), before)
-        self._latest = ref(packed)
-        return packed
-
-    @torch.no_grad()
-    def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Start ``target[:] = source``, after the work queued so far; gives what :meth:`wait` takes."""
-        if self._stream is None:
-            target.copy_(source)
-            return None
-        # Asked for anew each time: backward runs in a thread of its own, with its own current stream.
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
-
-    def wait(self, event: Any) -> None:
-        """Order the work queued from now on after a copy; the host does not wait."""
-        if event is not None:
-            torch.cuda.current_stream(self._stream.device).wait_event(event)
-
-
-class HostInput:
-    """A block's input in host memory: what autograd holds in its place. Its buffer is free again when this dies.
-
-    The copy on the device, while there is one, is let go of only once its queue waits for the transfer that reads or
-    writes it: the allocator cannot hand its memory out too early.
-    """
-
-    def __init__(
-        self, offload: Offload, buffer: Tensor, tokens: Tensor, before: ReferenceType[HostInput] | None
-    ) -> None:
-        self._offload, self._buffer, self._before = offload, buffer, before
-        self._host = buffer[: tokens.nbytes].view(tokens.dtype).view(tokens.shape)
-        self._device: Tensor | None = tokens
-        self._event = offload.copy(self._host, tokens)
-        offload.copied_out += 1
-
-    def let_go(self) -> None:
-        """Leave it on the host alone."""
-        if self._device is not None:
-            self._offload.wait(self._event)
-            self._device = None
-
-    def fetch(self) -> Tensor:
-        """Start to bring it back, unless it is on the device or on its way there."""
-        if self._device is None:
-            self._device = torch.empty_like(self._host, device=self._offload.device)
-            self._event = self._offload.copy(self._device, self._host)
-            self._offload.copied_back += 1
-        return self._device
-
-    def take(self) -> Tensor:
-        """It, on the device: its block's backward starts. The input of the block before it is sent for."""
-        tokens = self.fetch()
-        self.let_go()
-        if self._before is not None and (before := self._before()) is not None:
-            before.fetch()
-        return tokens
-
-    def __del__(self) -> None:
-        self.let_go()
-        self._offload.pool.give(self._buffer)
-
-
-class HostPool:
-    """Buffers in host memory, pinned where a GPU copies them. Each is used again, from step to step.
-
-    There are as many as were ever used at once: one that is too small makes room for the one that replaces it.
-    """
-
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
-        self.free: list[Tensor] = []
-        """Those that nobody uses, (N,) uint8."""
-
-    def take(self, nbytes: int) -> Tensor:
-        """The smallest free buffer of at least ``nbytes``, or a new one."""
-        sizes = [each.nbytes for each in self.free]
-        fitting = [index for index, size in enumerate(sizes) if size >= nbytes]
-        if fitting:
-            return self.free.pop(min(fitting, key=sizes.__getitem__))
-        if sizes:
-            self.free.pop(sizes.index(max(sizes)))
-        buffer, *spare = self._cut(-(-nbytes // ALIGNMENT) * ALIGNMENT)
-        self.free += spare
-        return buffer
-
-    def give(self, buffer: Tensor) -> None:
-        """Take a buffer back. Copies of it may still be queued: those to come are queued behind them."""
-        # Called by garbage collection too, in the midst of anything: the places of the others must not change.
-        self.free.append(buffer)
-
-    def _cut(self, nbytes: int) -> list[Tensor]:
-        # Torch rounds pinned memory up to a power of two: several buffers in one piece waste less of it.
-        count = max(range(1, SLAB), key=lambda n: n * nbytes / (1 << (n * nbytes - 1).bit_length()))
-        pieces = count if self._pinned else 1
-        return list(torch.empty(pieces * nbytes, dtype=torch.uint8, pin_memory=self._pinned).split(nbytes))
-
-
-def from_config(config: CoreConfig, device: torch.device) -> Checkpointing | None:
-    """The policy that ``gradient_checkpointing`` names; None is to keep everything."""
-    interval = config.gradient_checkpointing_interval
-    match config.checkpointing:
-        case "full":
-            return Checkpointing(interval)
-        case "selective":
-            return Selective(interval)
-        case "offload":
-            return Offload(device, interval)
-    if interval > 1:
-        log.warning("gradient_checkpointing_interval has no effect: gradient_checkpointing is false")
-    return None

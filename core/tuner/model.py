@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.blocks import BlockStack, Residency, StepContext, Trampoline
+from tuner.checkpointing import Checkpointing
 from tuner.errors import PluginError
 from tuner.spec import ModelSpec, NetworkSpec
 
@@ -114,6 +115,8 @@ class Network:
     attention_processors: Callable[[], Iterable[Any]] = tuple
     """Objects with diffusers' ``_attention_backend`` attribute, one per attention of the denoiser."""
     residency: Residency | None = None
+    checkpointing: Checkpointing | None = None
+    """Another policy than keeping the blocks' inputs, where a transform put one."""
     adapter: Adapter | None = None
 
     @property

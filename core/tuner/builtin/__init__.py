@@ -1,6 +1,7 @@
 """Plugins that come with the core and are loaded, listed and left out like any other."""
 
 BUILTINS = {
+    "checkpointing": "tuner.builtin.checkpointing:CheckpointingPlugin",
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
     "epochs": "tuner.builtin.epochs:EpochsPlugin",

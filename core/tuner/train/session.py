@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tuner import checkpointing
 from tuner.attention import Attention
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
+from tuner.checkpointing import Checkpointing
 from tuner.model import Batch, Model, Network
 from tuner.train import optimizers, schedules, state
 from tuner.train.engine import Engine
@@ -50,7 +50,6 @@ class Session:
     _resident: str | None = None
 
     def __post_init__(self) -> None:
-        self.checkpointing = checkpointing.from_config(self.run.config, self.engine.device)
         names = tuple(network.name for network in self.trained)
         self.turns = Turns(names, self.model.spec.switch_steps or max(1, self.total))
         self.unchecked.update(names)
@@ -81,11 +80,12 @@ class Session:
 
     def context(self, batch: Batch) -> StepContext:
         """What a training forward of ``batch`` is run with."""
-        hook = self.manager.hook.route_tokens
+        hook, config, network = self.manager.hook.route_tokens, self.run.config, self.model.network
+        full = Checkpointing(config.gradient_checkpointing_interval) if config.checkpointing == "full" else None
         return StepContext(
             router=(lambda request: hook(run=self.run, request=request) or ()) if hook.get_hookimpls() else None,
-            checkpointing=self.checkpointing,
-            residency=self.model.network.residency,
+            checkpointing=network.checkpointing or full,
+            residency=network.residency,
             keep_at_least=batch.keep_at_least,
             positions=batch.positions,
             forced=batch.forced,
