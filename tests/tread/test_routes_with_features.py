@@ -52,18 +52,15 @@ FEATURES: dict[str, dict[str, Any]] = {
     "offload": {"gradient_checkpointing": "offload"},
     "every second": FULL | {"gradient_checkpointing_interval": 2},
     "streamed": FULL | {"enable_group_offload": True},
+    "streamed, inputs too": {"gradient_checkpointing": "offload", "enable_group_offload": True},
     "streamed by twos": FULL | {"enable_group_offload": True, "group_offload_blocks_per_group": 2},
 }
 """What must not change a bit."""
-PAIRS = [
-    (base, feature)
-    for base, of_base in BASES.items()
-    for feature, of_feature in FEATURES.items()
-    if (base == "float32" or feature not in ("every second", "streamed"))  # that is, once
-    and not ("base_model_precision" in of_base and "enable_group_offload" in of_feature)  # refused: not built yet
-]
-QUANTISED = {"int8-quanto": 1e-5, "fp8-quanto": 1e-5}
-"""Values of ``base_model_precision``, and how near they come to the same weights written out in float32."""
+ONCE = {"every second", "streamed", "streamed, inputs too"}
+"""Tried on one base alone."""
+PAIRS = [(base, feature) for base in BASES for feature in FEATURES if base == "float32" or feature not in ONCE]
+QUANTISED = ("int8-quanto", "int8-torchao", "nf4-bnb", "fp8-scaled")
+"""Values of ``base_model_precision``, one of each backend."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +175,9 @@ def learn(keys: dict[str, Any]) -> Learnt:
         tokens: list[int] = []
         chunks: list[int] = []
         for block in session.model.network.stack.blocks:
-            block.register_forward_pre_hook(lambda _, arguments: tokens.append(arguments[0].shape[1]))
+            block.register_forward_pre_hook(
+                lambda _, arguments: tokens.append(arguments[0].shape[1]) if torch.is_grad_enabled() else None
+            )
             feed_forward: Any = block.ffn
             feed_forward.net[0].register_forward_pre_hook(lambda _, arguments: chunks.append(arguments[0].shape[1]))
         losses = _loss(session, first_batch(session), 0).per_sample
@@ -260,7 +259,10 @@ def test_bf16_is_as_near_to_float32_as_its_8_bits_allow(plain: Callable[[str], L
 def test_on_a_quantised_base_routes_do_what_they_do_on_the_same_weights(
     settings: Callable[..., dict[str, Any]], precision: str
 ) -> None:
-    """Against the quantised weights written out in float32, as each layer shows them when it is given unit vectors."""
+    """Against the quantised weights written out in float32, as each layer shows them when it is given unit vectors.
+
+    Only the layers' own arithmetic differs (scales before or after the sum): 1e-5.
+    """
     written: dict[str, Tensor] = {}
     with opened(settings(base_model_precision=precision)) as session:
         parameters = adapted(session)
@@ -283,8 +285,8 @@ def test_on_a_quantised_base_routes_do_what_they_do_on_the_same_weights(
         assert differing == len(layers), "the weights were quantised"
         expected = _loss(session, first_batch(session), 0).per_sample
         expected.sum().backward()  # type: ignore[no-untyped-call]
-        torch.testing.assert_close(losses, expected, rtol=QUANTISED[precision], atol=0)
-        assert distance(quantised, take(parameters)) < QUANTISED[precision]
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+        assert distance(quantised, take(parameters)) < 1e-5
 
 
 def base_layers(session: Session) -> dict[str, Any]:
@@ -361,7 +363,7 @@ def test_two_forwards_before_one_backward_keep_their_own_routes(
     assert_bit_equal(together, {name: apart[0][name] + apart[1][name] for name in parameters})
 
 
-@pytest.mark.parametrize("base", sorted({base for base, feature in PAIRS if feature == "streamed by twos"}))
+@pytest.mark.parametrize("base", BASES)
 def test_all_features_together(
     settings: Callable[..., dict[str, Any]],
     plain: Callable[[str], Learnt],
