@@ -21,6 +21,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class TestCheckpointing(PluginContract):
+    plugin = "checkpointing"
+
+
 class TestChunkedFeedForward(PluginContract):
     plugin = "chunked_ff"
     legacy_keys = frozenset({"enable_chunked_feed_forward", "feed_forward_chunk_size"})

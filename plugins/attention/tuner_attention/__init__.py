@@ -46,6 +46,8 @@ class LibraryPlugin(Plugin[PluginConfig]):
 
     requires: ClassVar[frozenset[str]] = frozenset({"model-family"})
     needs: ClassVar[Mapping[str, Needs]] = {}
+    operators: ClassVar[tuple[str, ...]] = ()
+    """The library's operators, with (B, tokens, heads, head_dim): checkpointing may keep what they give."""
 
     def is_active(self, core: CoreConfig) -> bool:
         """Only when one of its kernels is chosen."""
@@ -69,6 +71,10 @@ class LibraryPlugin(Plugin[PluginConfig]):
     def attention_backends(self, run: Run) -> Mapping[str, AttentionBackend | None]:
         """The chosen kernel; its library is imported only then."""
         name = run.config.attention_mechanism
+        if self.is_active(run.config):
+            from tuner.checkpointing import ATTENTION_OPERATORS
+
+            ATTENTION_OPERATORS.update(dict.fromkeys(self.operators, -3))
         return {each: self.backend(each) if each == name and _cuda() else None for each in self.needs}
 
     def backend(self, name: str) -> AttentionBackend:
@@ -80,6 +86,13 @@ class LibraryPlugin(Plugin[PluginConfig]):
 
 class FlashPlugin(LibraryPlugin):
     """FlashAttention 2, 3 and 4 (arXiv:2205.14135, 2307.08691, 2407.08608): exact, training and validation."""
+
+    operators = (
+        "flash_attn::_flash_attn_forward",
+        "flash_attn::_flash_attn_varlen_forward",
+        "flash_attn_3::_flash_attn_forward",
+        "flash_attn_3::fwd",
+    )
 
     needs: ClassVar[Mapping[str, Needs]] = {
         **dict.fromkeys(("flash", "flash_varlen"), FLASH_2),
@@ -145,6 +158,8 @@ class SagePlugin(LibraryPlugin):
 
 class XformersPlugin(LibraryPlugin):
     """Memory-efficient attention of xFormers: exact, training and validation."""
+
+    operators = ("xformers::efficient_attention_forward_cutlass", "xformers_flash::flash_fwd")
 
     needs: ClassVar[Mapping[str, Needs]] = {"xformers": XFORMERS}
     values: ClassVar[Mapping[str, frozenset[str]]] = {"attention_mechanism": frozenset(needs)}
