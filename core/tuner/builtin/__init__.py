@@ -9,6 +9,8 @@ BUILTINS = {
     "full": "tuner.builtin.full:FullPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",
+    "optimizers": "tuner.builtin.optimizers:OptimizersPlugin",
+    "planner": "tuner.builtin.planner:PlannerPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",

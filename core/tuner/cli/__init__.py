@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from tuner.cli import cache, check, plugins, run
+from tuner.cli import cache, check, plan, plugins, run
 from tuner.errors import FailedElsewhere, TunerError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("run", context_settings=_KEYS_AS_FLAGS)(run.run)
 app.command("train", context_settings=_KEYS_AS_FLAGS, hidden=True)(run.run)
 app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
 app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
+app.command("plan", context_settings=_KEYS_AS_FLAGS)(plan.plan)
 app.add_typer(plugins.app, name="plugins")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, ModelError, nearest
-from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+from tuner.spec import LatentGeometry, Linear, ModelSpec, NetworkSpec
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
@@ -18,6 +18,8 @@ TEXT_TOKENS = 128
 """As ``LTXPipeline`` pads its prompts."""
 FEED_FORWARD = 4
 """The feed-forward is this many times as wide as the network: diffusers' own, not in config.json."""
+FREQUENCIES = 256
+"""Of the embedding of a time: diffusers' own, not in config.json."""
 LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 EMBEDDER = "emb.timestep_embedder"
 RENAME = (
@@ -87,17 +89,36 @@ def _network(config: dict[str, Any], where: str) -> NetworkSpec:
     if (config["patch_size_t"], config["patch_size"]) != (1, 1):
         raise ModelError("the transformer cuts latents into patches, which no LTX-Video does", where=where)
     dim = config["num_attention_heads"] * config["attention_head_dim"]
+    wide = FEED_FORWARD * dim
     return NetworkSpec(
         name="transformer",
         blocks=config["num_layers"],
         dim=dim,
         heads=config["num_attention_heads"],
-        ffn_dim=FEED_FORWARD * dim,
+        ffn_dim=wide,
         text_dim=config["caption_channels"],
         text_tokens=TEXT_TOKENS,
         in_channels=config["in_channels"],
         patch=(1, 1, 1),
+        linears=_linears(dim, wide),
+        small=9 * dim + wide + 4 * dim + 6 * dim,  # biases, norms of queries and keys, modulation
+        other=_outside_blocks(config, dim),
     )
+
+
+def _linears(dim: int, wide: int) -> tuple[Linear, ...]:
+    """The matrices of a block."""
+    found = [Linear(f"attn1.{each}", dim, dim) for each in LINEARS]
+    found += [Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens") for each in LINEARS]
+    return (*found, Linear("ff.net.0.proj", dim, wide), Linear("ff.net.2", wide, dim))
+
+
+def _outside_blocks(config: dict[str, Any], dim: int) -> int:
+    """Parameters of the layers around the blocks: latents in and out, times, text, the last modulation."""
+    channels, text = config["in_channels"], config["caption_channels"]
+    out = config.get("out_channels") or channels
+    layers = [(channels, dim), (dim, out), (FREQUENCIES, dim), (dim, dim), (dim, 6 * dim), (text, dim), (dim, dim)]
+    return sum((inputs + 1) * outputs for inputs, outputs in layers) + 2 * dim
 
 
 def _geometry(vae: dict[str, Any]) -> LatentGeometry:

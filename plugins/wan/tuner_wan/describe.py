@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
-from tuner_wan import sources
+from tuner_wan import dimensions, sources
 from tuner_wan.flavours import DEFAULT_FLAVOUR, FLAVOURS, TEXT_TOKENS, Flavour, named, of_repository, resembling
 from tuner_wan.names import RENAME
 from tuner_wan.sources import Part
@@ -48,7 +48,11 @@ def describe(core: CoreConfig, own: WanConfig | None = None) -> ModelSpec:
     )
     boundary = _boundary(parts, flavour)
     networks = tuple(
-        _network(name, denoisers[name], flavour, _range(noise, flavour, boundary)) for name, noise in flavour.networks
+        replace(
+            _network(name, denoisers[name], flavour, _range(noise, flavour, boundary)),
+            per_token_times=_condition(own, flavour) == "clean_first_frame",
+        )
+        for name, noise in flavour.networks
     )
     for network in networks:
         _check_fit(parts, denoisers[network.name], network, latents, flavour)
@@ -135,18 +139,35 @@ def denoiser_config(part: Part, flavour: Flavour) -> dict[str, Any]:
 
 def _network(name: str, config: Mapping[str, Any], flavour: Flavour, sigma_range: tuple[float, float]) -> NetworkSpec:
     heads = config.get("num_attention_heads", flavour.heads)
-    return NetworkSpec(
+    dim = heads * config["attention_head_dim"] if config else flavour.dim
+    ffn_dim, image = config.get("ffn_dim", flavour.ffn_dim), flavour.image_context
+    network = NetworkSpec(
         name=name,
         blocks=config.get("num_layers", flavour.blocks),
-        dim=heads * config["attention_head_dim"] if config else flavour.dim,
+        dim=dim,
         heads=heads,
-        ffn_dim=config.get("ffn_dim", flavour.ffn_dim),
+        ffn_dim=ffn_dim,
         text_dim=config.get("text_dim", TEXT_DIM),
         text_tokens=TEXT_TOKENS,
         in_channels=config.get("in_channels", flavour.in_channels),
-        patch=tuple(config.get("patch_size", PATCH)),  # type: ignore[arg-type]
+        patch=tuple(config.get("patch_size", PATCH)),
         label=LABELS.get(name, "") if flavour.expert else "",
         sigma_range=sigma_range,
+        linears=dimensions.linears(dim, ffn_dim, image_context=image),
+        small=dimensions.small(dim, ffn_dim, image_context=image),
+        image_tokens=flavour.image_tokens,
+    )
+    return replace(network, other=_outside_blocks(network, config, flavour))
+
+
+def _outside_blocks(network: NetworkSpec, config: Mapping[str, Any], flavour: Flavour) -> int:
+    """Parameters outside the blocks."""
+    return dimensions.other(
+        network,
+        config.get("out_channels") or flavour.latent_channels,
+        frequencies=config.get("freq_dim", dimensions.FREQUENCIES),
+        image_dim=config.get("image_dim", dimensions.IMAGE_DIM) if flavour.image_context else None,
+        image_positions=flavour.image_tokens if flavour.condition == "first_and_last_frame" else 0,
     )
 
 

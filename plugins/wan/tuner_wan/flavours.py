@@ -16,6 +16,8 @@ DEFAULT_FLAVOUR = "t2v-480p-1.3b-2.1"
 TEXT_TOKENS = 512
 """Length of the text that the network reads; shorter prompts are padded with zeros, without a mask."""
 HEAD_DIM = 128
+IMAGE_TOKENS = 257
+"""Tokens of one frame that CLIP embeds."""
 
 Condition = Literal["none", "first_frame", "first_and_last_frame", "clean_first_frame"]
 Expert = Literal["high", "low", "both"]
@@ -55,6 +57,11 @@ class Flavour:
     def dim(self) -> int:
         """Width of the denoiser."""
         return self.heads * HEAD_DIM
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the frames that CLIP embeds; 0 where it embeds none."""
+        return IMAGE_TOKENS * (2 if self.condition == "first_and_last_frame" else 1) if self.image_context else 0
 
     @property
     def experts(self) -> int:

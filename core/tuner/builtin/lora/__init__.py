@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
     from tuner.model import Adapter, Model, Network, Transform
     from tuner.run import Run
+    from tuner.spec import ModelSpec
+    from tuner.workload import Workload
 
 INITIALISATIONS = ("default", "gaussian")
 LATER_INITIALISATIONS = ("pissa", "olora", "loftq", "eva", "corda", "orthogonal")
@@ -70,6 +72,22 @@ class LoraPlugin(Plugin[LoraConfig]):
             nearest=nearest(value, INITIALISATIONS),
             remedy="use one of the allowed values",
         )
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """Parameters of the LoRA matrices, those that are applied to the text apart."""
+        if not self.is_active(run.config):
+            return {}
+        targets = tuple(self.config.lora_target_modules or spec.adapter_targets)
+        network, rank = workload.network, self.config.lora_rank
+        counted = [
+            (linear, rank * (linear.inputs + linear.outputs) * _adapted_blocks(linear.name, targets, network.blocks))
+            for linear in network.matrices
+        ]
+        return {
+            "adapter_parameters": sum(count for _, count in counted),
+            "adapter_parameters_on_text": sum(count for linear, count in counted if linear.over != "tokens"),
+        }
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
@@ -131,3 +149,10 @@ class LoraPlugin(Plugin[LoraConfig]):
             "shift": "auto" if core.flow_schedule_auto_shift else core.flow_schedule_shift,
             "title": core.output_dir.name,
         }
+
+
+def _adapted_blocks(name: str, targets: Sequence[str], blocks: int) -> int:
+    """In how many blocks the matrix ``name`` is adapted: in all of which a target names the end, or one by one."""
+    if any(name == target or name.endswith("." + target) for target in targets):
+        return blocks
+    return len({target for target in targets if target.endswith("." + name)})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError, ModelError
-from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+from tuner.spec import LatentGeometry, Linear, ModelSpec, NetworkSpec
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 NETWORK = "transformer"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+FREQUENCIES = 16
+"""Of the embedding of a time."""
 PARTS = (NETWORK, "vae", "text_encoder")
 LATENTS = LatentGeometry(channels=12, stride_time=4, stride_space=8)
 """Mean colours of the four quadrants of 8 x 8 pixels over 4 frames: 3 x 4 channels."""
@@ -80,6 +83,9 @@ def describe(core: CoreConfig) -> ModelSpec:
                 text_tokens=dimensions.text_tokens,
                 in_channels=dimensions.channels,
                 patch=dimensions.patch,
+                linears=_linears(dimensions.dim, dimensions.ffn_dim),
+                small=11 * dimensions.dim + dimensions.ffn_dim,
+                other=_outside_blocks(dimensions),
             ),
         ),
         latents=LATENTS,
@@ -93,3 +99,21 @@ def describe(core: CoreConfig) -> ModelSpec:
             for part, original in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
         ),
     )
+
+
+def _linears(dim: int, ffn_dim: int) -> tuple[Linear, ...]:
+    """The matrices of a block."""
+    projections = ("to_q", "to_k", "to_v", "to_out")
+    found = [Linear(f"self_attention.{each}", dim, dim) for each in projections]
+    found += [
+        Linear(f"cross_attention.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens")
+        for each in projections
+    ]
+    return (*found, Linear("feed_forward.0", dim, ffn_dim), Linear("feed_forward.2", ffn_dim, dim))
+
+
+def _outside_blocks(dimensions: ToyDimensions) -> int:
+    """Parameters of the layers around the blocks: patches in and out, text, times, the last norm."""
+    dim, patch = dimensions.dim, dimensions.channels * prod(dimensions.patch)
+    layers = ((patch, dim), (dim, patch), (dimensions.text_dim, dim), (FREQUENCIES, 2 * dim))
+    return sum((inputs + 1) * outputs for inputs, outputs in layers) + 2 * dim

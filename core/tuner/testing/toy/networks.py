@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tuner.testing.toy.describe import LATENTS, ToyDimensions
+from tuner.testing.toy.describe import FREQUENCIES, LATENTS, ToyDimensions
 
-FREQUENCIES = 16
 VOCABULARY = 64
 
 

@@ -1,0 +1,113 @@
+"""What a run will cost, before it starts; and what its first steps took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tuner.hookspecs import hookimpl
+from tuner.plugin import Plugin, PluginConfig, key
+
+if TYPE_CHECKING:
+    from tuner.builtin.planner.cards import Card
+    from tuner.builtin.planner.measure import Window
+    from tuner.data.order import Order
+    from tuner.data.samples import Prepared
+    from tuner.model import Model
+    from tuner.run import Run
+    from tuner.spec import ModelSpec, NetworkSpec
+    from tuner.workload import Workload
+
+DROPPED = "tread/dropped"
+"""Where a step's numbers say which share of the tokens' passes through blocks it left out."""
+
+
+class PlannerConfig(PluginConfig):
+    """Keys of the planner."""
+
+    plan_card: str | None = key(
+        None,
+        "Card that expected times are for, such as `H100` or `RTX 4090`. When absent, the one that a run trains on; "
+        "without times where its rates are not known.",
+    )
+
+
+class PlannerPlugin(Plugin[PlannerConfig]):
+    """Expected work and time of a step, and what the first steps took."""
+
+    Config = PlannerConfig
+
+    def __init__(self, name: str, config: PlannerConfig) -> None:
+        super().__init__(name, config)
+        self._plan: Order | None = None
+        self._window: Window | None = None
+
+    def card(self) -> Card | None:
+        """The card named in the config. Raises ConfigError for one that is not known."""
+        from tuner.builtin.planner.cards import named
+
+        return None if self.config.plan_card is None else named(self.config.plan_card)
+
+    @hookimpl
+    def configure(self, run: Run) -> None:
+        """Refuse a card of which nothing is known."""
+        self.card()
+
+    @hookimpl
+    def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
+        """Remember what each step trains on."""
+        self._plan = plan
+
+    @hookimpl
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Say what a step computes, and how long it should take."""
+        if self._plan is None or not run.is_main:
+            return
+        from tuner.builtin.planner.costs import cost_of, shapes_of
+        from tuner.builtin.planner.measure import Window
+        from tuner.builtin.planner.page import summary
+
+        assert run.estimate is not None  # the model is described
+        card = self.card() or _card_of(run)
+        costs = [
+            cost_of(run.estimate, model.network.spec, shape, card) for shape in shapes_of(self._plan, run.total_steps)
+        ]
+        run.log.info("%s", summary(costs, card))
+        self._window = Window(card)
+
+    @hookimpl
+    def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
+        """Once, when enough steps are done, say what they took."""
+        if self._window is None:
+            return
+        dropped = metrics.get(DROPPED)
+        network, share = model.network.spec, None if dropped is None else float(dropped)
+        self._window.add(metrics["seconds"], lambda: self._workloads(run, network, share))
+        if self._window.full:
+            for line in self._window.report():
+                run.log.info("%s", line)
+            self._window = None
+
+    def _workloads(self, run: Run, network: NetworkSpec, dropped: float | None) -> Sequence[Workload]:
+        """Of the micro-batches that this process did in the last step."""
+        from dataclasses import replace
+
+        from tuner.builtin.planner.measure import as_routed
+
+        assert self._plan is not None
+        assert run.estimate is not None
+        batches = self._plan.micro_batches(run.step - 1)[run.process_index :: run.process_count]
+        estimated = [run.estimate(network, batch.bucket, len(batch.samples)) for batch in batches]
+        return [as_routed(replace(each, micro_batches=1), dropped) for each in estimated]
+
+
+def _card_of(run: Run) -> Card | None:
+    """The card that is trained on, where its rates are known."""
+    import torch
+
+    from tuner.builtin.planner.cards import of_device
+
+    if run.device.type != "cuda":
+        return None
+    device = torch.cuda.get_device_properties(run.device)
+    return of_device(device.name, device.total_memory / 2**30)

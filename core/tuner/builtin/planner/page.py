@@ -1,0 +1,142 @@
+"""A plan as a line of the log, as tables, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tuner.builtin.planner.cards import Card
+from tuner.builtin.planner.costs import Cost, mean
+from tuner.builtin.planner.wording import figures, seconds, tera
+from tuner.spec import ModelSpec, NetworkSpec
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost."""
+
+    spec: ModelSpec
+    card: Card | None
+    costs: dict[str, list[Cost]]
+    """name of a network -> its steps, by shape"""
+    steps: int | None = None
+    """optimizer steps of the run, where the data are known"""
+
+    @property
+    def hours(self) -> float | None:
+        """Of training alone, at least; None where steps or rates are not known. Networks take equal turns."""
+        means = [mean(costs).seconds for costs in self.costs.values()]
+        if self.steps is None or self.card is None:
+            return None
+        return self.steps * sum(each for each in means if each is not None) / len(means) / HOUR
+
+
+def summary(costs: Sequence[Cost], card: Card | None) -> str:
+    """One line: tokens, work, time, and what token routes bring."""
+    average, tokens = mean(costs), sorted(cost.workload.tokens for cost in costs)
+    if len(costs) == 1:
+        clips = f"clips of {costs[0].shape.bucket} ({tokens[0]} tokens each)"
+    else:
+        clips = f"clips of {len(costs)} shapes with {tokens[0]} to {tokens[-1]} tokens, on average"
+    line = f"a step computes {tera(average.flops)} on {clips}"
+    if card is not None and average.seconds is not None:
+        line += f"; expected on {card.name}: {seconds(average.seconds)} at least"
+    if any(any(cost.workload.dropped) for cost in costs):
+        line += f"; its token routes make it {average.speed_up:.2f} times as fast"
+    return line
+
+
+def tables(plan: Plan) -> Iterator[Table | str]:
+    """What ``tuner plan`` prints, for rich."""
+    for name, costs in plan.costs.items():
+        yield _speed(plan, plan.spec.network(name), costs)
+        if len(costs) > 1:
+            yield _average(costs)
+    if plan.hours is not None:
+        yield f"{plan.steps} steps: {figures(plan.hours)} h of training at least"
+    if plan.card is None:
+        yield "For times name a card: --card H100"
+    else:
+        yield f"Rates of {plan.card.name}: {plan.card.source}"
+
+
+def _speed(plan: Plan, network: NetworkSpec, costs: Sequence[Cost]) -> Table:
+    from rich.table import Table
+
+    label = f", {network.label or network.name}" if len(plan.costs) > 1 else ""
+    table = Table(title=f"{plan.spec.family} {plan.spec.flavour}{label}: one optimizer step", title_justify="left")
+    routed = any(any(cost.workload.dropped) for cost in costs)
+    for heading in _headings(plan.card, routed):
+        table.add_column(heading, justify="left" if heading == "clips of" else "right", no_wrap=True)
+    for cost in costs:
+        table.add_row(*_cells(cost, routed))
+    return table
+
+
+def _headings(card: Card | None, routed: bool) -> list[str]:
+    headings = ["clips of", "share", "clips", "tokens", "TFLOP", "self-attn."]
+    headings += [f"s on {card.name}"] if card else []
+    return headings + (["by routes"] if routed else [])
+
+
+def _cells(cost: Cost, routed: bool) -> list[str]:
+    workload = cost.workload
+    cells = [
+        str(cost.shape.bucket),
+        f"{cost.shape.share:.0%}",
+        str(workload.samples * workload.micro_batches),
+        str(workload.tokens),
+        figures(cost.flops.hardware / 1e12),
+        f"{cost.flops.self_attention_share:.0%}",
+    ]
+    cells += [] if cost.seconds is None else [figures(cost.seconds)]
+    return cells + ([f"{cost.speed_up:.2f} x"] if routed else [])
+
+
+def _average(costs: Sequence[Cost]) -> str:
+    average = mean(costs)
+    time = "" if average.seconds is None else f", {seconds(average.seconds)}"
+    gain = f", {average.speed_up:.2f} times as fast by routes" if average.speed_up > 1 else ""
+    return f"On average {tera(average.flops)} a step{time}{gain}"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The same for programs. FLOP, seconds and tokens are plain numbers; ``null`` is not known."""
+    return {
+        "model": {"family": plan.spec.family, "flavour": plan.spec.flavour},
+        "card": None if plan.card is None else plan.card.name,
+        "steps": plan.steps,
+        "hours": plan.hours,
+        "networks": {
+            name: {
+                "shapes": [_record(cost) for cost in costs],
+                "mean": {**vars(mean(costs))},
+            }
+            for name, costs in plan.costs.items()
+        },
+    }
+
+
+def _record(cost: Cost) -> dict[str, Any]:
+    workload, bucket, flops = cost.workload, cost.shape.bucket, cost.flops
+    return {
+        "width": bucket.width,
+        "height": bucket.height,
+        "frames": bucket.frames,
+        "share": cost.shape.share,
+        "clips": workload.samples * workload.micro_batches,
+        "tokens": workload.tokens,
+        "flops": flops.hardware,
+        "model_flops": flops.model,
+        "linear_flops": flops.linear,
+        "attention_flops": flops.attention_forward + flops.backward.attention,
+        "self_attention_share": flops.self_attention_share,
+        "seconds": cost.seconds,
+        "speed_up": cost.speed_up,
+    }

@@ -1,0 +1,85 @@
+"""``tuner plan``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tuner.cli import options
+
+if TYPE_CHECKING:
+    from tuner.assembly import Assembly
+    from tuner.builtin.planner.cards import Card
+    from tuner.builtin.planner.page import Plan
+
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape",
+        help="Plan for clips of width x height x frames, comma-separated, such as 832x480x81; the data are left alone.",
+        show_default=False,
+    ),
+]
+CardName = Annotated[
+    str | None, typer.Option("--card", help="Card that times are for, such as H100.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
+
+
+def plan(
+    context: typer.Context,
+    config: options.Config = None,
+    plugins: options.Plugins = None,
+    without: options.Without = None,
+    strict: options.Strict = False,
+    shape: Shape = None,
+    card: CardName = None,
+    json: Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Say what a step will compute and how long it should take, without loading weights."""
+    import sys
+    from contextlib import nullcontext, redirect_stdout
+
+    from tuner.cli.report import print_assembly
+
+    with redirect_stdout(sys.stderr) if json else nullcontext():
+        assembly = options.assembly(context, config, plugins, without, strict)
+        print_assembly(assembly)
+        found = _planned(assembly, shape, card)
+    _print(found, json)
+
+
+def _planned(assembly: Assembly, shape: str | None, card_name: str | None) -> Plan:
+    from tuner.builtin.planner.shapes import of_data, of_words
+
+    card = _card(assembly, card_name)
+    return of_data(assembly, card) if shape is None else of_words(assembly, options.names(shape) or [], card)
+
+
+def _card(assembly: Assembly, name: str | None) -> Card | None:
+    from tuner.builtin.planner import PlannerPlugin
+    from tuner.builtin.planner.cards import named
+
+    if name is not None:
+        return named(name, where="--card")
+    planner = assembly.plugins.get("planner")
+    return planner.card() if isinstance(planner, PlannerPlugin) else None
+
+
+def _print(found: Plan, as_json: bool) -> None:
+    if as_json:
+        import json
+
+        from tuner.builtin.planner import page
+
+        print(json.dumps(page.as_json(found), indent=2))
+        return
+    from rich.console import Console
+
+    from tuner.builtin.planner import page
+
+    console = Console()
+    for part in page.tables(found):
+        console.print(part)

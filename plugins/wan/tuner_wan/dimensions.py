@@ -1,0 +1,59 @@
+"""What a Wan denoiser consists of, from its dimensions alone: diffusers' ``WanTransformer3DModel``, counted."""
+
+from __future__ import annotations
+
+from math import prod
+
+from tuner.spec import Linear, NetworkSpec
+
+IMAGE_DIM = 1280
+"""Width of CLIP ViT-H."""
+FREQUENCIES = 256
+"""Of the sinusoidal embedding of a time."""
+
+
+def linears(dim: int, ffn_dim: int, *, image_context: bool = False) -> tuple[Linear, ...]:
+    """The matrices of a block of width ``dim``; with ``image_context`` those of image to video in 2.1, too."""
+    projections = ("to_q", "to_k", "to_v", "to_out.0")
+    self_attention = [Linear(f"attn1.{each}", dim, dim) for each in projections]
+    cross_attention = [
+        Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens") for each in projections
+    ]
+    if image_context:
+        cross_attention += [Linear(f"attn2.{each}", dim, dim, "image") for each in ("add_k_proj", "add_v_proj")]
+    feed_forward = [Linear("ffn.net.0.proj", dim, ffn_dim), Linear("ffn.net.2", ffn_dim, dim)]
+    return (*self_attention, *cross_attention, *feed_forward)
+
+
+def small(dim: int, ffn_dim: int, *, image_context: bool = False) -> int:
+    """Parameters of a block beside its matrices: biases, norms of queries and keys, norm 2, modulation."""
+    biases = 9 * dim + ffn_dim
+    image = 3 * dim if image_context else 0  # two biases and a norm
+    return biases + 4 * dim + 2 * dim + 6 * dim + image
+
+
+def other(
+    network: NetworkSpec,
+    out_channels: int,
+    *,
+    frequencies: int = FREQUENCIES,
+    image_dim: int | None = None,
+    image_positions: int = 0,
+) -> int:
+    """Parameters outside the blocks: patches in and out, embedders of time, text and, with ``image_dim``, frames.
+
+    ``image_positions``: tokens that have a learnt position (first and last frame).
+    """
+    dim, patch = network.dim, prod(network.patch)
+    time = _layer(frequencies, dim) + _layer(dim, dim) + _layer(dim, 6 * dim)
+    text = _layer(network.text_dim, dim) + _layer(dim, dim)
+    image = 0
+    if image_dim is not None:
+        image = _layer(image_dim, image_dim) + _layer(image_dim, dim) + 2 * image_dim + 2 * dim
+        image += image_positions * image_dim
+    patches = _layer(network.in_channels * patch, dim) + _layer(dim, out_channels * patch)
+    return patches + time + text + image + 2 * dim
+
+
+def _layer(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
