@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -166,11 +166,18 @@ class Component:
     """config.json, the safetensors and whatever else decides its output: the cache's fingerprint is made of them."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """precision, tiling and whatever else changes its output"""
+    around: Callable[[Component], AbstractContextManager[Any]] | None = None
+    """Takes the place of ``load`` where a plugin has something to do when its phase begins and ends: gives what
+    ``load`` gives, and when it is left nothing holds that any more."""
     on_host: Callable[[], tuple[Any, Network]] | None = None
     """The same on the CPU, and its module as a network whose blocks a plugin may stream through the device: what lies
     outside of them computes where it is. None where the family has no such way."""
     version: int = 1
     """Bumped by hand when the family's encoding code changes its output (guarded by a golden test)."""
+
+    def phase(self) -> AbstractContextManager[Any]:
+        """What gives the component when it is entered."""
+        return nullcontext(self.load()) if self.around is None else self.around(self)
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ class Model(ABC):
         self.networks = {network.name: network for network in networks}
         self.components = dict(components)
         self.active = active or networks[0].name
-        self._held: dict[str, tuple[Any, int]] = {}
+        self._held: dict[str, Any] = {}
 
     @property
     def network(self) -> Network:
@@ -291,16 +298,12 @@ class Model(ABC):
     @contextmanager
     def use(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """The named components, loaded on entry unless an outer ``use`` holds them, freed on the outermost exit."""
-        for name in names:
-            held, count = self._held.get(name, (None, 0))
-            self._held[name] = (self.components[name].load() if count == 0 else held, count + 1)
-        try:
-            yield tuple(self._held[name][0] for name in names)
-        finally:
+        with ExitStack() as phases:
             for name in names:
-                held, count = self._held.pop(name)
-                if count > 1:
-                    self._held[name] = (held, count - 1)
+                if name not in self._held:
+                    self._held[name] = phases.enter_context(self.components[name].phase())
+                    phases.callback(self._held.pop, name)  # gone before its phase ends
+            yield tuple(self._held[name] for name in names)
 
     @abstractmethod
     def predict(self, batch: Batch) -> Tensor:
