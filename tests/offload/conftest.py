@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from tuner.blocks import StepContext
+from tuner.builtin.full.adapter import attach
 from tuner.config.keys import CoreConfig
 from tuner.model import Adapter, Network, ParameterGroup, Stage, Transform
 from tuner.run import Run
@@ -18,7 +21,141 @@ from tuner.testing.toy import build_toy
 from tuner.testing.toy.describe import describe
 from tuner.testing.toy.model import load
 from tuner.transforms import prepare
+from tuner_offload import placement
 from tuner_offload.placement import group_offload
+
+POISON = 0xFF
+"""Every byte so: NaN in float32 and in bfloat16."""
+
+
+class StreamSimulator:
+    """A device whose copies land late: when chance has it, or when someone waits for them.
+
+    What a copy will write is spoilt the moment the copy is started, so whoever reads it before, or writes it while it
+    is read, computes with NaN. Each direction is a stream of its own: its copies land in order.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.chance = random.Random(seed)
+        self.loads: list[Load] = []
+        self.results: list[Result] = []
+        self.in_use: list[Tensor] = []
+        """device memory of blocks between their entry and their release"""
+        self.bound: Callable[[], Iterable[Tensor]] = tuple
+        """what modules would compute with at the moment"""
+        self.late = 0
+        """copies that had not landed when they were waited for"""
+
+    def start(self, target: Tensor, source: Tensor) -> Load:
+        self.pass_time()
+        for used in (*self.in_use, *self.bound()):
+            assert not _overlap(used, target), "a block that is in use is overwritten"
+        target.fill_(POISON)
+        self.loads.append(Load(target, source, source._version))
+        return self.loads[-1]
+
+    def wait(self, ticket: Load) -> None:
+        self.late += not ticket.landed
+        while not ticket.landed:
+            self.loads.pop(0).land()
+
+    def collect(self, target: Tensor, source: Tensor, *, add: bool) -> None:
+        self.pass_time()
+        self.results.append(Result(target, source, add=add))
+
+    def finish(self) -> None:
+        while self.loads:
+            self.loads.pop(0).land()
+        while self.results:
+            self.results.pop(0).land()
+
+    def pass_time(self) -> None:
+        """Some copies land."""
+        for queue in (self.loads, self.results):
+            for _ in range(self.chance.choice((0, 0, 0, 1, 2))):
+                if queue:
+                    queue.pop(0).land()
+
+
+@dataclass(eq=False)
+class Load:
+    """A copy to the device."""
+
+    target: Tensor
+    source: Tensor
+    version: int
+    landed: bool = False
+
+    def land(self) -> None:
+        assert self.source._version == self.version, "host memory was changed while it was copied"
+        with torch.no_grad():
+            self.target.copy_(self.source)
+        self.landed = True
+
+
+class Result:
+    """A copy to the host, or a sum there."""
+
+    def __init__(self, target: Tensor, source: Tensor, *, add: bool) -> None:
+        self.target, self.source, self.add = target, source, add
+        self.earlier = target.clone() if add else None
+        target.fill_(torch.nan)
+
+    def land(self) -> None:
+        # Where the earlier value was itself on its way, it has come by now.
+        waited = self.add and self.earlier.isnan().any() and not self.target.isnan().any()
+        earlier = self.target.clone() if waited else self.earlier
+        self.target.copy_(self.source if earlier is None else earlier + self.source)
+
+
+class Observed:
+    """A residency that tells the simulator which device memory is in use, and else does what ``inner`` does."""
+
+    def __init__(self, inner: Any, simulator: StreamSimulator) -> None:
+        self.inner, self.simulator = inner, simulator
+        entries = [entry for master in inner.masters for entry in master.entries]
+        simulator.bound = lambda: [entry.bound for entry in entries]
+        self.memory: dict[int, list[Tensor]] = {}
+
+    def begin(self, differentiated: bool) -> None:
+        self._release(tuple(self.memory))
+        self.inner.begin(differentiated)
+
+    def enter(self, index: int) -> None:
+        self.inner.enter(index)
+        self.simulator.pass_time()
+        entries = [entry for master in self.inner.masters for entry in master.entries if entry.block == index]
+        buffers = [buffer for buffer in self.inner.ring.buffers if entries and _overlap(buffer, entries[0].bound)]
+        assert len(buffers) == bool(entries)
+        self.memory[index] = buffers
+        self._tell()
+
+    def leave(self, index: int) -> None:
+        self._release([index])
+        self.inner.leave(index)
+
+    def backward_done(self, index: int) -> None:
+        self._release([index])
+        self.inner.backward_done(index)
+
+    def end(self, differentiated: bool) -> None:
+        self._release(tuple(self.memory))
+        self.inner.end(differentiated)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _release(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.memory.pop(index, None)
+        self._tell()
+
+    def _tell(self) -> None:
+        self.simulator.in_use = [tensor for tensors in self.memory.values() for tensor in tensors]
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 @dataclass
@@ -31,6 +168,9 @@ class Trained:
     autocast: bool
     originals: dict[str, Tensor]
     """the base's weights as they are in the file, by name before LoRA"""
+    checkpointing: Any = True
+    context: dict[str, Any] = field(default_factory=dict)
+    """What else a training forward is run with."""
 
     @property
     def residency(self) -> Any:
@@ -40,9 +180,13 @@ class Trained:
     def lora(self) -> dict[str, torch.nn.Parameter]:
         return {name: each for name, each in self.network.module.named_parameters() if each.requires_grad}
 
-    def loss(self, seed: int, *, checkpointing: bool = True) -> Tensor:
+    def loss(self, seed: int, *, checkpointing: Any = None) -> Tensor:
         """Mean square of one forward in training mode, as the loop would run it."""
-        self.network.trampoline.context = StepContext(checkpointing=checkpointing, residency=self.network.residency)
+        self.network.trampoline.context = StepContext(
+            checkpointing=self.checkpointing if checkpointing is None else checkpointing,
+            residency=self.network.residency,
+            **self.context,
+        )
         self.network.module.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return self._forward(seed).float().square().mean()
@@ -92,7 +236,13 @@ def lora(layers: list[int] | None) -> Transform:
 
 
 @pytest.fixture
-def toy(tmp_path):
+def new_simulator():
+    """A factory of stream simulators."""
+    return StreamSimulator
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
     """A factory: ``toy(offload=True, blocks_per_group=2, …)`` gives a :class:`Trained`."""
     torch.set_num_threads(1)
 
@@ -107,6 +257,8 @@ def toy(tmp_path):
         device: str = "cpu",
         use_stream: bool = False,
         resident: int = 0,
+        full: bool = False,
+        simulator: StreamSimulator | None = None,
         extra: tuple[Transform, ...] = (),
     ) -> Trained:
         folder = tmp_path / f"toy-{blocks}"
@@ -117,9 +269,14 @@ def toy(tmp_path):
         run.place(torch.device(device), dtype)
         network = load(run).network
         place = group_offload(run, blocks_per_group=blocks_per_group, use_stream=use_stream, resident=resident)
+        if simulator is not None:
+            monkeypatch.setattr(placement, "copier_for", lambda device, use_stream: simulator)
         if not while_reading:
             place = Transform(place.stage, place.name, place.claims, place.apply)
-        prepare(run, network, [lora(layers), *extra, *([place] if offload else [])])
+        trained = Transform(Stage.ADAPT, "full", frozenset({"adapter"}), attach) if full else lora(layers)
+        prepare(run, network, sorted([trained, *extra, *([place] if offload else [])], key=lambda each: each.stage))
+        if simulator is not None:
+            network.residency = Observed(network.residency, simulator)
         originals = {name: tensor.to(network.dtype_of(name)) for name, tensor in network.weights()}
         return Trained(network, run, torch.device(device), dtype == torch.bfloat16, originals)
 
