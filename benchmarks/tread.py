@@ -1,4 +1,4 @@
-"""How much of a training step TREAD's routes leave, beside what the FLOP model says they leave.
+"""How much of a training step TREAD's routes leave, beside what the FLOP model of ``tuner plan`` says they leave.
 
     python benchmarks/tread.py                      CPU, a narrow Wan of 8 blocks, 4 096 tokens: 10 minutes
     python benchmarks/tread.py --device cuda --full Wan 2.1 1.3B's dimensions, 32 760 tokens, bf16
@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tuner.blocks import BlockStack, StepContext, Stream, install, run_stack
+from tuner.builtin.planner.flops import step_flops
 from tuner.config.keys import CoreConfig
 from tuner.run import Run
 from tuner.spec import LatentGeometry, NetworkSpec
@@ -157,29 +158,18 @@ def workload(scale: Scale, settings: TreadSettings | None) -> Workload:
     """The step in the terms of ``tuner plan``."""
     network = NetworkSpec("net", scale.blocks, scale.dim, scale.heads, scale.ffn, TEXT_WIDTH, TEXT_TOKENS, 16)
     frames, height, width = scale.latents
-    plain = Workload(network, LatentGeometry(16, 4, 8), (4 * frames - 3, 8 * height, 8 * width), samples=1)
+    pair = 2 * RANK * scale.dim  # of each of eight matrices, two of them on the text
+    plain = Workload(
+        network,
+        LatentGeometry(16, 4, 8),
+        (4 * frames - 3, 8 * height, 8 * width),
+        samples=1,
+        adapter_parameters=8 * pair * scale.blocks,
+        adapter_parameters_on_text=2 * pair * scale.blocks,
+    )
     if settings is None:
         return plain
     return replace(plain, dropped=dropped_shares(resolve(settings, scale.blocks), scale.blocks))
-
-
-def step_flops(load: Workload) -> float:
-    """Operations of a LoRA step with every block checkpointed, two for each multiplication.
-
-    Frozen matrices of tokens: forward, recomputation, gradient of the input; of text: the first two. LoRA's also give
-    the gradient of the weight. Attention is two products forward and again, and five backward, as flash kernels do it.
-    """
-    network = load.network
-    total = 0.0
-    for tokens in load.block_tokens:
-        for matrix in network.matrices:
-            rows, passes = (tokens, 3) if matrix.over == "tokens" else (network.text_tokens, 2)
-            total += 2.0 * rows * passes * matrix.inputs * matrix.outputs
-            if not matrix.name.startswith("ffn"):
-                total += 2.0 * rows * (passes + 1) * RANK * (matrix.inputs + matrix.outputs)
-        pairs = tokens * (tokens + network.text_tokens)
-        total += 4.0 * pairs * network.dim * (1 + 1 + 2.5)
-    return total * load.samples
 
 
 # The router by itself
@@ -237,14 +227,14 @@ def measure(bench: Bench, rounds: int, console: Console) -> Table:
         console.log(f"round {done + 1}: " + ", ".join(f"{name} {each[-1]}" for name, each in times.items()))
     columns = ("routes", "s/step", "ratio", "of CPU s", "FLOP model", "of it", "speed-up", "router")
     table = Table(*columns)
-    plain = step_flops(workload(bench.scale, None))
+    plain = step_flops(workload(bench.scale, None)).hardware
     for name in steps:
         seconds = statistics.median(wall for wall, _ in times[name])
         work = statistics.median(busy or wall for wall, busy in times[name])
         pairs = list(zip(times[name], times["none"], strict=True))
         ratio = statistics.median(ours[0] / theirs[0] for ours, theirs in pairs)
         busy = statistics.median(ours[1] / theirs[1] if theirs[1] else float("nan") for ours, theirs in pairs)
-        model = step_flops(workload(bench.scale, routes.get(name))) / plain
+        model = step_flops(workload(bench.scale, routes.get(name))).hardware / plain
         own = router_seconds(bench, steps[name], 9) / work if name in routes else 0.0
         measured = (f"{seconds:.3f}", f"{ratio:.3f}", f"{busy:.3f}", f"{model:.3f}")
         of_model = f"{ratio / model:.3f}, {busy / model:.3f}"
