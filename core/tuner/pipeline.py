@@ -52,7 +52,8 @@ def survey(assembly: Assembly) -> Survey:
 
     run = new_run(assembly)
     run.process_index, _ = processes.launched()
-    optimizers.check(run.config)
+    run.optimizers = assembly.manager.registry("optimizers", run)
+    optimizers.check(run)
     if run.config.compress_disk_cache:
         compression.zstandard()
     spec = describe(run, assembly.manager)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tuner.model import Batch, Loss, Model, Network, Sink
     from tuner.plugin import AnyPlugin
     from tuner.spec import ModelSpec, NetworkSpec
+    from tuner.train.optimizers import OptimizerChoice
     from tuner.workload import Workload
 
 log = logging.getLogger("tuner")
@@ -56,6 +57,8 @@ class Run:
     described."""
     process_index: int = 0
     process_count: int = 1
+    optimizers: Mapping[str, OptimizerChoice] = field(default_factory=dict)
+    """Optimizers by name; set before the data are looked at."""
     data_sources: Mapping[str, Source] = field(default_factory=dict)
     """Where files may come from beside a local folder, by ``type``; set once the model is described."""
     text_cache: Callable[[str], dict[str, Tensor]] | None = None

@@ -32,6 +32,11 @@ class Scribe(Plugin[PluginConfig]):
         self.note("configure", run, spec=run.spec)
 
     @hookimpl
+    def optimizers(self, run):
+        self.note("optimizers", run, described=run.spec is not None)
+        return {}
+
+    @hookimpl
     def token_selectors(self, run):
         self.note("token_selectors", run, described=run.spec is not None)
         return {}
@@ -196,6 +201,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     start = before.index("on_train_start")
     assert before[: start + 1] == [
         "configure",
+        "optimizers",
         "token_selectors",
         "data_sources",
         "check_model",
@@ -218,6 +224,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
 
 def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     assert facts(calls, "configure") == [{"spec": None}]
+    assert facts(calls, "optimizers") == [{"described": False}]
     assert facts(calls, "token_selectors") == [{"described": True}]
     assert facts(calls, "data_sources") == [{"described": True}]
     assert facts(calls, "check_model") == [{"blocks": 4}]

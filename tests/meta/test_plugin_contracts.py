@@ -93,6 +93,10 @@ class TestOffload(PluginContract):
     )
 
 
+class TestOptimizers(PluginContract):
+    plugin = "optimizers"
+
+
 class TestPriorPreservation(PluginContract):
     plugin = "prior_preservation"
 

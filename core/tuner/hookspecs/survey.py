@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tuner.data.source import Source
     from tuner.run import Run
     from tuner.spec import ModelSpec
+    from tuner.train.optimizers import OptimizerChoice
     from tuner.workload import Workload
 
 
@@ -36,6 +37,24 @@ class SurveyHooks:
             def configure(self, run):
                 if self.config.enable_model_cpu_offload and self.config.enable_group_offload:
                     raise ConfigError("enable_model_cpu_offload and enable_group_offload exclude each other")
+        """
+
+    @hookspec
+    def optimizers(self, run: Run) -> Mapping[str, OptimizerChoice]:
+        """Offer optimizers.
+
+        Called: all, once, after ``configure``; also by ``tuner check``, so import no library here.
+        Arguments: ``run``, without device and model spec.
+        Returns: value of the key ``optimizer`` -> an OptimizerChoice (``tuner.train.optimizers``): where its class
+        lives, what to install, and our defaults for it. A name offered twice is an error. The merged mapping is
+        ``run.optimizers``.
+
+        Example::
+
+            @hookimpl
+            def optimizers(self, run):
+                from tuner.train.optimizers import OptimizerChoice
+                return {"mine": OptimizerChoice("my_optimizers", "Mine", "my-optimizers", {"weight_decay": 0.01})}
         """
 
     @hookspec(firstresult=True)

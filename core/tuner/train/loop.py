@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import Stopped, TrainingError
-from tuner.train import checkpoint, memory
+from tuner.train import checkpoint, memory, optimizers
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
 from tuner.train.session import Session
@@ -57,7 +57,8 @@ def _iterate(session: Session, log: StepLog) -> None:
     metrics: dict[str, float] = {}
     try:
         if asked is None or asked:
-            metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
+            with optimizers.averaged(session.optimizers.values()):
+                metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
     finally:
         _report(session, log, result, {"seconds": round(seconds, 4), **metrics})
 

@@ -1,4 +1,4 @@
-"""The registry of optimizers: a name, where its class lives, and our defaults for it.
+"""Making the optimizer that a name means in the registry, which plugins fill (the built-in ``optimizers``).
 
 Importing this file costs nothing; torch and the libraries are imported when an optimizer is made.
 """
@@ -6,7 +6,8 @@ Importing this file costs nothing; torch and the libraries are imported when an 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,8 +18,8 @@ from tuner.errors import ConfigError, nearest
 if TYPE_CHECKING:
     import torch
 
-    from tuner.config.keys import CoreConfig
     from tuner.model import ParameterGroup
+    from tuner.run import Run
 
 
 INITIAL = "initial"
@@ -27,50 +28,38 @@ INITIAL = "initial"
 
 @dataclass(frozen=True)
 class OptimizerChoice:
-    """One entry of the registry."""
+    """One entry of the registry (see the hook ``optimizers``)."""
 
     module: str
     cls: str
     package: str
     """What to install when ``module`` is missing."""
     defaults: dict[str, Any] = field(default_factory=dict)
+    state_bytes: float = 8.0
+    """Bytes of state per trained float32 parameter."""
 
 
-OPTIMIZERS: dict[str, OptimizerChoice] = {
-    "adamw": OptimizerChoice("torch.optim", "AdamW", "torch", {"betas": (0.9, 0.999), "weight_decay": 0.01}),
-    "sgd": OptimizerChoice("torch.optim", "SGD", "torch"),
-    "optimi-adamw": OptimizerChoice("optimi", "AdamW", "torch-optimi", {"weight_decay": 0.01}),
-    "optimi-adan": OptimizerChoice("optimi", "Adan", "torch-optimi", {"weight_decay": 0.02}),
-    "optimi-lion": OptimizerChoice("optimi", "Lion", "torch-optimi", {"weight_decay": 0.0}),
-    "optimi-radam": OptimizerChoice("optimi", "RAdam", "torch-optimi"),
-    "optimi-ranger": OptimizerChoice("optimi", "Ranger", "torch-optimi"),
-    "optimi-sgd": OptimizerChoice("optimi", "SGD", "torch-optimi"),
-    "optimi-stableadamw": OptimizerChoice("optimi", "StableAdamW", "torch-optimi", {"weight_decay": 0.01}),
-}
-
-
-def check(core: CoreConfig) -> None:
-    """Refuse an optimizer that is unknown or not installed. Raises ConfigError; imports nothing."""
-    choice = OPTIMIZERS.get(core.optimizer)
+def check(run: Run) -> OptimizerChoice:
+    """The configured optimizer. Raises ConfigError where it is unknown or not installed; imports nothing."""
+    name = run.config.optimizer
+    choice = run.optimizers.get(name)
     if choice is None:
-        raise ConfigError(
-            f"optimizer is {core.optimizer!r}, which is not known",
-            allowed=sorted(OPTIMIZERS),
-            nearest=nearest(core.optimizer, OPTIMIZERS),
-        )
+        known = sorted(run.optimizers)
+        raise ConfigError(f"optimizer is {name!r}, which is not known", allowed=known, nearest=nearest(name, known))
     if find_spec(choice.module.partition(".")[0]) is None:
         raise ConfigError(
-            f"optimizer {core.optimizer!r} needs the package {choice.package!r}, which is not installed",
+            f"optimizer {name!r} needs the package {choice.package!r}, which is not installed",
             remedy=f"pip install {choice.package}",
         )
+    return choice
 
 
-def make(core: CoreConfig, groups: Sequence[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
+def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
     """The configured optimizer over ``groups``; each group keeps its name and its share of the learning rate.
 
     Raises ConfigError when ``optimizer_config`` holds an option the optimizer does not take.
     """
-    choice = OPTIMIZERS[core.optimizer]
+    core, choice = run.config, check(run)
     cls = getattr(import_module(choice.module), choice.cls)
     accepted = inspect.signature(cls).parameters
     for option in core.optimizer_config:
@@ -97,6 +86,8 @@ def make(core: CoreConfig, groups: Sequence[ParameterGroup], device: torch.devic
         lr=core.learning_rate,
         **options,
     )
+    if hasattr(optimizer, "train"):
+        optimizer.train()
     for values in optimizer.param_groups:
         values[INITIAL] = {name: value for name, value in values.items() if name != "params"}
     return optimizer
@@ -114,3 +105,27 @@ def evolved(group: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in group.items()
         if name not in fixed and (name not in initial or (initial[name] is not value and initial[name] != value))
     }
+
+
+@contextmanager
+def averaged(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """While entered, the weights are those that are meant to be used.
+
+    A schedule-free optimizer (arXiv:2405.15682) trains on other weights than it is used with. Going there and back
+    rounds, so the training weights are put aside and copied back: a run with a save more is the same run.
+    """
+    import torch
+
+    switching: list[Any] = [each for each in optimizers if hasattr(each, "train") and hasattr(each, "eval")]
+    weights = [each for optimizer in switching for group in optimizer.param_groups for each in group["params"]]
+    before = [each.detach().clone() for each in weights]
+    for optimizer in switching:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        for optimizer in switching:
+            optimizer.train()
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)

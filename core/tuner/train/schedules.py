@@ -22,18 +22,30 @@ def warmup_steps(core: CoreConfig, total: int) -> int:
 def learning_rate(core: CoreConfig, step: int, total: int) -> float:
     """The base learning rate of optimizer step ``step`` (from 0) of ``total``.
 
-    Linear warm-up from 0 over ``warmup_steps``; then constant, a line to ``lr_end``, or half a cosine
-    from the base rate to ``lr_end`` at the last step's end.
+    Linear warm-up from 0 over ``warmup_steps``; then a curve from the base rate (1) to ``lr_end`` (0) over the rest.
     """
     warmup = warmup_steps(core, total)
     if step < warmup:
         return core.learning_rate * step / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))
-    if core.lr_scheduler == "linear":
-        return core.learning_rate + (core.lr_end - core.learning_rate) * share
-    if core.lr_scheduler == "cosine":
-        return core.lr_end + (core.learning_rate - core.lr_end) * (1 + math.cos(math.pi * share)) / 2
-    return core.learning_rate
+    return core.lr_end + (core.learning_rate - core.lr_end) * _curve(core, share)
+
+
+def _curve(core: CoreConfig, share: float) -> float:
+    """Height in [0, 1] of the curve when ``share`` of it is over."""
+    match core.lr_scheduler:
+        case "linear":
+            return 1 - share
+        case "cosine":
+            return (1 + math.cos(math.pi * share)) / 2
+        case "cosine_with_restarts":
+            return 0.0 if share == 1 else (1 + math.cos(math.pi * (share * core.lr_num_cycles % 1))) / 2
+        case "sine":
+            return (1 + math.cos(2 * math.pi * share * core.lr_num_cycles)) / 2
+        case "polynomial":
+            return float((1 - share) ** core.lr_power)
+        case _:
+            return 1.0
 
 
 def total_steps(core: CoreConfig, plan: Order) -> int:

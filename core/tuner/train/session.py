@@ -55,7 +55,7 @@ class Session:
         self.unchecked.update(names)
         for name, network in self.model.networks.items():
             if network.adapter is not None:
-                self.optimizers[name] = optimizers.make(self.run.config, network.adapter.groups, self.engine.device)
+                self.optimizers[name] = optimizers.make(self.run, network.adapter.groups, self.engine.device)
             if self.attention.training is not None:
                 set_backend(network, self.attention.training)
 
@@ -96,7 +96,8 @@ class Session:
         for network in self.trained:
             state.save_network(network, self.optimizers[network.name], directory)
         state.save_plugins(self.run.plugins, directory)
-        self.manager.hook.save(run=self.run, model=self.model, directory=directory)
+        with optimizers.averaged(self.optimizers.values()):
+            self.manager.hook.save(run=self.run, model=self.model, directory=directory)
 
     def restore(self, directory: Path) -> None:
         """Take everything back from a whole checkpoint. Raises CheckpointError when it does not fit."""

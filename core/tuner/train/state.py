@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ from tuner.model import Network
 from tuner.plugin import AnyPlugin
 from tuner.run import log
 from tuner.train import optimizers
+from tuner.train.subclasses import put_together, taken_apart
 
 NUMBERS = "numbers"
 """Metadata key of the JSON beside the tensors."""
+NESTED = "::"
+"""Between the name of a dict in the state of a tensor and a name in it."""
 KIND = "kind"
 """Name of the optimizer's class among the numbers of its state."""
 
@@ -45,12 +48,13 @@ def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     write(directory / adapter_file(network.name), network.adapter.state(), {})
     homes: dict[bool, dict[str, Any]] = {True: {}, False: {KIND: _kind(optimizer)}}
     for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
+        for name, value in _flat(values):
             homes[isinstance(value, Tensor)][f"{index}.{name}"] = value
     for index, group in enumerate(optimizer.param_groups):
         for name, value in optimizers.evolved(group).items():
             homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
-    write(directory / optimizer_file(network.name), homes[True], homes[False])
+    plain, recipes = taken_apart(homes[True])
+    write(directory / optimizer_file(network.name), plain, {**homes[False], **recipes})
 
 
 def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -73,11 +77,14 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     if kind != _kind(optimizer):
         log.warning("the checkpoint's optimizer is %s, this run's is %s, which starts afresh", kind, _kind(optimizer))
         return
+    put_together(tensors, numbers)
     state: dict[int, dict[str, Any]] = {}
     groups: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **numbers}.items():
         index, _, leaf = name.removeprefix("group.").partition(".")
-        (groups if name.startswith("group.") else state).setdefault(int(index), {})[leaf] = value
+        values = (groups if name.startswith("group.") else state).setdefault(int(index), {})
+        nest, _, inner = leaf.partition(NESTED)
+        (values.setdefault(nest, {}) if inner else values)[inner or leaf] = value
     current = optimizer.state_dict()
     count = sum(len(group["params"]) for group in current["param_groups"])
     if state and max(state) >= count:
@@ -88,6 +95,15 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
         )
     merged = [{**group, **groups.get(index, {})} for index, group in enumerate(current["param_groups"])]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the state of one tensor; some libraries keep a part of it in a dict of its own."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}{NESTED}{inner}", each) for inner, each in value.items())
+        else:
+            yield name, value
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

@@ -1,21 +1,20 @@
-"""Optimizers against their library's own step, learning-rate curves against transformers' schedules."""
+"""Learning-rate curves against transformers' schedules and their formulas; the length of a run."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import optimi
 import pytest
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import get_cosine_with_hard_restarts_schedule_with_warmup, get_scheduler
 
 from tuner.builtin.epochs.plan import Plan
 from tuner.config.keys import CoreConfig
 from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.errors import ConfigError
-from tuner.model import ParameterGroup
-from tuner.train import optimizers, schedules
+from tuner.train import schedules
 
 
 def plan_of_ten_steps() -> Plan:
@@ -30,54 +29,6 @@ def plan_of_ten_steps() -> Plan:
     return Plan(samples, seed=0, batch_size=1)
 
 
-def groups(parameter: nn.Parameter, rate_scale: float = 1.0) -> tuple[ParameterGroup, ...]:
-    return (ParameterGroup("all", {"weight": parameter}, rate_scale),)
-
-
-def step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    parameter.grad = torch.linspace(-1, 1, parameter.numel()).view_as(parameter)
-    optimizer.step()
-
-
-@pytest.mark.parametrize(
-    ("name", "reference"),
-    [
-        ("adamw", lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.01)),
-        ("optimi-lion", lambda p: optimi.Lion(p, lr=0.1)),
-        ("optimi-stableadamw", lambda p: optimi.StableAdamW(p, lr=0.1, weight_decay=0.01)),
-    ],
-)
-def test_an_optimizer_steps_as_its_library_does(name, reference):
-    ours, theirs = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
-    core = CoreConfig(optimizer=name, learning_rate=0.1)
-    mine, other = optimizers.make(core, groups(ours), torch.device("cpu")), reference([theirs])
-    for _ in range(3):
-        step(mine, ours)
-        step(other, theirs)
-    assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("name", sorted(optimizers.OPTIMIZERS))
-def test_every_registered_optimizer_lowers_a_loss(name):
-    parameter = nn.Parameter(torch.ones(4))
-    optimizer = optimizers.make(CoreConfig(optimizer=name, learning_rate=0.05), groups(parameter), torch.device("cpu"))
-    for _ in range(20):
-        loss = parameter.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert parameter.square().sum() < 4
-
-
-def test_unknown_optimizers_and_options_name_the_nearest():
-    with pytest.raises(ConfigError, match="optimi-lion"):
-        optimizers.check(CoreConfig(optimizer="optimi-lyon"))
-    with pytest.raises(ConfigError, match="weight_decay"):
-        optimizers.make(
-            CoreConfig(optimizer_config={"weight_decy": 1}), groups(nn.Parameter(torch.ones(1))), torch.device("cpu")
-        )
-
-
 @pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup", "linear", "cosine"])
 def test_curves_equal_transformers(scheduler):
     total, warmup = 50, 0 if scheduler == "constant" else 7
@@ -88,6 +39,38 @@ def test_curves_equal_transformers(scheduler):
         assert schedules.learning_rate(core, at, total) == pytest.approx(
             reference.get_last_lr()[0], rel=1e-9, abs=1e-15
         )
+        optimizer.step()
+        reference.step()
+
+
+CURVES = {
+    "cosine_with_restarts": lambda share: 0.5 * (1 + math.cos(math.pi * ((3 * share) % 1.0))),
+    "sine": lambda share: 0.5 * (1 + math.cos(2 * math.pi * 3 * share)),
+    "polynomial": lambda share: (1 - share) ** 2.5,
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "constant_with_warmup": lambda share: 1.0,
+}
+
+
+@pytest.mark.parametrize("scheduler", CURVES)
+def test_curves_are_their_formulas_between_base_rate_and_end(scheduler):
+    core = CoreConfig(
+        learning_rate=2e-4, lr_end=5e-5, lr_scheduler=scheduler, lr_warmup_steps=10, lr_num_cycles=3, lr_power=2.5
+    )
+    for step in range(10):
+        assert schedules.learning_rate(core, step, 110) == pytest.approx(2e-4 * step / 10, abs=1e-18)
+    for step in range(10, 110):
+        expected = 5e-5 + 1.5e-4 * CURVES[scheduler]((step - 10) / 100)
+        assert schedules.learning_rate(core, step, 110) == pytest.approx(expected, rel=1e-12)
+
+
+def test_restarts_are_those_of_transformers():
+    core = CoreConfig(learning_rate=1.0, lr_scheduler="cosine_with_restarts", lr_warmup_steps=5, lr_num_cycles=4)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    reference = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 5, 45, num_cycles=4)
+    for at in range(45):
+        assert schedules.learning_rate(core, at, 45) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
         optimizer.step()
         reference.step()
 
