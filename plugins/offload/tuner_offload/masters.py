@@ -7,8 +7,9 @@ without offload.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,21 @@ from tuner.model import Network
 from tuner_offload.parts import Build, take_apart
 
 ALIGNMENT = 256
+
+
+Members = Sequence[tuple[int, nn.Module]]
+"""What moves together: modules, each with the index of its block."""
+
+
+class Buffer(Protocol):
+    """Host memory (N,) uint8: a tensor, or what gives the parts of one that lies in several places."""
+
+    @property
+    def nbytes(self) -> int:
+        """N."""
+
+    def __getitem__(self, place: Any, /) -> Tensor:
+        """The bytes at ``place``, by reference."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +50,8 @@ class Piece:
         """Bytes of the tensor, without padding."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
-    def view(self, buffer: Tensor) -> Tensor:
-        """The tensor in ``buffer`` (N,) uint8."""
+    def view(self, buffer: Buffer) -> Tensor:
+        """The tensor in ``buffer``."""
         flat = buffer[self.offset : self.offset + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride)
 
@@ -54,8 +70,8 @@ class Entry:
     pieces: tuple[Piece, ...]
     build: Build
 
-    def value(self, buffer: Tensor) -> Tensor:
-        """The tensor in ``buffer`` (N,) uint8; a parameter is a frozen leaf."""
+    def value(self, buffer: Buffer) -> Tensor:
+        """The tensor in ``buffer``; a parameter is a frozen leaf."""
         made = self.build([piece.view(buffer) for piece in self.pieces])
         if self.is_buffer or isinstance(made, nn.Parameter):
             return made
@@ -89,14 +105,14 @@ class Plan:
         return max((_aligned(each.offset + each.nbytes) for entry in self.entries for each in entry.pieces), default=0)
 
 
-Store = Callable[[Plan], Tensor]
-"""Puts what a plan names somewhere in host memory: gives a buffer (N,) uint8 that holds it."""
+Store = Callable[[Plan], Buffer]
+"""Puts what a plan names somewhere in host memory: gives a buffer that holds it."""
 
 
 class Master:
     """One group's weights on the host, and the tensors that are bound while it is not on the device."""
 
-    def __init__(self, entries: Sequence[Entry], buffer: Tensor) -> None:
+    def __init__(self, entries: Sequence[Entry], buffer: Buffer) -> None:
         self.entries = tuple(entries)
         self.buffer = buffer
         self.values = tuple(entry.value(buffer) for entry in entries)
@@ -121,26 +137,26 @@ def bind(entry: Entry, value: Tensor) -> None:
         entry.owner._parameters[entry.leaf] = value  # type: ignore[assignment]
 
 
-def make_master(network: Network, blocks: Iterable[int], store: Store) -> Master:
-    """The master of ``blocks``: their frozen parameters and their buffers, which are then bound to it.
+def make_master(network: Network, members: Members, store: Store) -> Master:
+    """The master of ``members``: their frozen parameters and their buffers, which are then bound to it.
 
     Buffers that fit into the padding of one tensor stay on the device. Raises ConfigError for weights of a class
     that cannot be taken apart.
     """
-    plan = _plan(network, blocks)
+    plan = _plan(network, members)
     master = Master(plan.entries, store(plan))
     for entry, value in zip(master.entries, master.values, strict=True):
         bind(entry, value)
     return master
 
 
-def _plan(network: Network, blocks: Iterable[int]) -> Plan:
+def _plan(network: Network, members: Members) -> Plan:
     names = {module: name for name, module in network.module.named_modules()}
     entries: list[Entry] = []
     tensors: list[Tensor] = []
     offset = 0
-    for block in blocks:
-        for owner, leaf, tensor, is_buffer in _streamed(network.stack.blocks[block]):
+    for block, module in members:
+        for owner, leaf, tensor, is_buffer in _streamed(module):
             name = f"{names[owner]}.{leaf}"
             parts = take_apart(tensor)
             if parts is None:
@@ -160,9 +176,9 @@ def _plan(network: Network, blocks: Iterable[int]) -> Plan:
     return Plan(tuple(entries), tuple(tensors))
 
 
-def _streamed(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
-    """(owner, name in it, tensor, whether it is a buffer) of all that streams of a block."""
-    for owner in block.modules():
+def _streamed(member: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
+    """(owner, name in it, tensor, whether it is a buffer) of all that streams of a module."""
+    for owner in member.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None and not parameter.requires_grad:
                 yield owner, leaf, parameter, False

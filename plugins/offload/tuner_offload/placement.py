@@ -43,7 +43,9 @@ def group_offload(
     rings: list[Ring] = []
 
     def sink(network: Network) -> MasterSink:
-        streamed = groups(streamed_blocks(len(network.stack.blocks), resident), blocks_per_group)
+        blocks = network.stack.blocks
+        grouped = groups(streamed_blocks(len(blocks), resident), blocks_per_group)
+        streamed = [[(block, blocks[block]) for block in group] for group in grouped]
         store = HostStore(pinned=run.device.type == "cuda") if store_of is None else store_of(network)
         sinks[network.name] = MasterSink(network, streamed, store)
         return sinks[network.name]

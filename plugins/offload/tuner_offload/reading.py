@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from tuner.model import Network
-from tuner_offload.masters import Master, Store, make_master
+from tuner_offload.masters import Master, Members, Store, make_master
 from tuner_offload.parts import take_apart
 
 
@@ -19,16 +19,16 @@ class MasterSink:
 
     Arguments
         network: not yet materialised, its Linear layers already the quantiser's where there is one.
-        groups: blocks of each group, by index.
+        groups: what moves together.
         store: where masters are kept.
     """
 
-    def __init__(self, network: Network, groups: Sequence[Sequence[int]], store: Store) -> None:
+    def __init__(self, network: Network, groups: Sequence[Members], store: Store) -> None:
         self._network, self._groups, self._store = network, groups, store
         self._masters: list[Master | None] = [None] * len(groups)
         names = {module: name for name, module in network.module.named_modules()}
         self._waiting = [
-            {f"{names[network.stack.blocks[block]]}.{name}" for block in group for name in _names(network, block)}
+            {f"{names[module]}.{name}" for _, module in group for name, _ in module.named_parameters()}
             for group in groups
         ]
         self._group_of = {name: group for group, waiting in enumerate(self._waiting) for name in waiting}
@@ -61,7 +61,3 @@ def on_host(tensor: Tensor) -> nn.Parameter:
     if parts is not None and any(each.device.type != "cpu" for each in parts.tensors):
         moved = parts.build([each.to("cpu") for each in parts.tensors])
     return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
-
-
-def _names(network: Network, block: int) -> list[str]:
-    return [name for name, _ in network.stack.blocks[block].named_parameters()]

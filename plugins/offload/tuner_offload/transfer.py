@@ -7,11 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tuner_offload.masters import Buffer
+from tuner_offload.scattered import copy_into
+
 
 class Copier(Protocol):
     """Starts copies and waits for them. The device's order of work, not the host's, is what it keeps."""
 
-    def start(self, target: Tensor, source: Tensor) -> Any:
+    def start(self, target: Tensor, source: Buffer) -> Any:
         """Begin ``target[:] = source`` once all work queued so far is done with ``target``; gives a ticket."""
 
     def wait(self, ticket: Any) -> None:
@@ -33,10 +36,9 @@ class InlineCopier:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    @torch.no_grad()
-    def start(self, target: Tensor, source: Tensor) -> None:
+    def start(self, target: Tensor, source: Buffer) -> None:
         """Copy; from pinned memory the host does not wait."""
-        target.copy_(source, non_blocking=True)
+        copy_into(target, source)
 
     def wait(self, ticket: None) -> None:
         """Nothing to wait for."""
@@ -58,13 +60,12 @@ class StreamCopier:
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._back: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
-    def start(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
+    def start(self, target: Tensor, source: Buffer) -> torch.cuda.Event:
         """Copy after the kernels queued so far: the last readers of ``target`` are among them."""
         # Asked for anew each time: backward runs in a thread of its own, with its own current stream.
         self._stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            copy_into(target, source)
             event: torch.cuda.Event = self._stream.record_event()
         return event
 
