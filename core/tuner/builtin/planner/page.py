@@ -70,7 +70,9 @@ def _speed(plan: Plan, network: NetworkSpec, costs: Sequence[Cost]) -> Table:
     from rich.table import Table
 
     label = f", {network.label or network.name}" if len(plan.costs) > 1 else ""
-    table = Table(title=f"{plan.spec.family} {plan.spec.flavour}{label}: one optimizer step", title_justify="left")
+    where = f" on {plan.card.name}" if plan.card else ""
+    title = f"{plan.spec.family} {plan.spec.flavour}{label}: one optimizer step{where}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     routed = any(any(cost.workload.dropped) for cost in costs)
     for heading in _headings(plan.card, routed):
         table.add_column(heading, justify="left" if heading == "clips of" else "right", no_wrap=True)
@@ -80,9 +82,9 @@ def _speed(plan: Plan, network: NetworkSpec, costs: Sequence[Cost]) -> Table:
 
 
 def _headings(card: Card | None, routed: bool) -> list[str]:
-    headings = ["clips of", "share", "clips", "tokens", "TFLOP", "self-attn."]
-    headings += [f"s on {card.name}"] if card else []
-    return headings + (["by routes"] if routed else [])
+    headings = ["clips of", "share", "clips", "tokens", "TFLOP", "attention"]
+    headings += ["seconds"] if card else []
+    return headings + (["routes"] if routed else [])
 
 
 def _cells(cost: Cost, routed: bool) -> list[str]:
