@@ -70,9 +70,10 @@ def assemble(
     found = {name: catalog.installed[name] for name in loaded}
     used = {*split.core, *(key for part in split.parts.values() for key in part)}
     configs = {CORE: core, **{name: plugin.config for name, plugin in loaded.items()}}
-    told = (*split.warnings, *warnings.pending(configs, used), *warnings.missing(core))
+    told = [*split.warnings, *warnings.pending(configs, used)]
+    told += [warning for plugin in loaded.values() for warning in plugin.warnings(core)]
     notes = (*split.notes, *_ignored(catalog, selection))
-    assembly = Assembly(core, manager, loaded, frozenset(used), notes, told, found, selection.reasons)
+    assembly = Assembly(core, manager, loaded, frozenset(used), notes, tuple(told), found, selection.reasons)
     manager.hook.configure(run=new_run(assembly))
     judge_conflicts({name: plugin for name, plugin in loaded.items() if plugin.is_active(core)}, found)
     return assembly

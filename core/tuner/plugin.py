@@ -6,7 +6,7 @@ imports belong in hook bodies or in sibling modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -90,6 +90,10 @@ class Plugin(Generic[C]):
     def is_active(self, core: CoreConfig) -> bool:
         """Whether this plugin will do something in a run with these core keys; only active plugins can conflict."""
         return True
+
+    def warnings(self, core: CoreConfig) -> Iterable[str]:
+        """What will not happen although the config says so, a line each: printed before anything is done."""
+        return ()
 
     def validates_at(self, step: int, epoch: int) -> bool:
         """Whether to be asked ``validate`` after this optimizer step, beside the run's own validations.

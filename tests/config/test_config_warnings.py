@@ -6,21 +6,27 @@ from pathlib import Path
 
 import pytest
 
+from tuner.builtin import pending
+from tuner.builtin.pending import PendingPlugin
+from tuner.builtin.pending.keys import PendingKeys
 from tuner.config import warnings
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
 
 
-def test_keys_without_effect_are_told_when_set_away_from_their_default() -> None:
+def plugin(**values: object) -> PendingPlugin:
+    return PendingPlugin("pending", build(PendingKeys, values))
 
-    values = {"disable_benchmark": True, "use_ema": "false", "seed": 3}
-    told = list(warnings.pending({"core": build(CoreConfig, values)}, values))
+
+def test_keys_without_effect_are_told_when_set_away_from_their_default() -> None:
+    values = {"disable_benchmark": True, "use_ema": "false"}
+    told = list(warnings.pending({"core": CoreConfig(), "pending": build(PendingKeys, values)}, values))
     assert told == ["disable_benchmark has no effect yet: the base model is not rendered at step 0"]
 
 
 def test_keys_with_one_reason_share_a_line() -> None:
     values = {"push_to_hub": True, "push_checkpoints_to_hub": True, "hub_model_id": "a/b"}
-    [told] = warnings.pending({"core": build(CoreConfig, values)}, values)
+    [told] = warnings.pending({"pending": build(PendingKeys, values)}, values)
     assert told == "push_to_hub, push_checkpoints_to_hub, hub_model_id have no effect yet: nothing is uploaded"
 
 
@@ -31,18 +37,18 @@ def test_a_missing_login_is_told_with_the_command_that_mends_it(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr(warnings, "find_spec", lambda name: object())
-    core = build(CoreConfig, {"report_to": "wandb", "push_to_hub": True})
-    assert [line.rpartition("; ")[2] for line in warnings.missing(core)] == ["`wandb login`", "`hf auth login`"]
-    monkeypatch.setattr(warnings, "find_spec", lambda name: None)
-    assert any("pip install wandb" in line for line in warnings.missing(core))
-    monkeypatch.setattr(warnings, "find_spec", lambda name: object())
+    monkeypatch.setattr(pending, "find_spec", lambda name: object())
+    core, asking = CoreConfig(), plugin(report_to="wandb", push_to_hub=True)
+    assert [line.rpartition("; ")[2] for line in asking.warnings(core)] == ["`wandb login`", "`hf auth login`"]
+    monkeypatch.setattr(pending, "find_spec", lambda name: None)
+    assert any("pip install wandb" in line for line in asking.warnings(core))
+    monkeypatch.setattr(pending, "find_spec", lambda name: object())
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "present")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password none\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert list(warnings.missing(core)) == []
+    assert list(asking.warnings(core)) == []
 
 
 def test_nothing_is_said_where_nothing_is_asked() -> None:
-    assert list(warnings.missing(CoreConfig())) == []
+    assert list(plugin().warnings(CoreConfig())) == []
     assert list(warnings.pending({"core": CoreConfig()}, ())) == []

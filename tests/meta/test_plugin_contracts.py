@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tuner.selection import discover
+from tuner.builtin.pending.keys import PendingKeys
 from tuner.testing.contract import FamilyContract, PluginContract
 
 
@@ -95,6 +96,15 @@ class TestOffload(PluginContract):
 
 class TestOptimizers(PluginContract):
     plugin = "optimizers"
+
+
+class TestPending(PluginContract):
+    plugin = "pending"
+    legacy_keys = frozenset(PendingKeys.model_fields)
+
+
+class TestPlanner(PluginContract):
+    plugin = "planner"
 
 
 class TestPriorPreservation(PluginContract):

@@ -10,6 +10,7 @@ BUILTINS = {
     "lora": "tuner.builtin.lora:LoraPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",
     "optimizers": "tuner.builtin.optimizers:OptimizersPlugin",
+    "pending": "tuner.builtin.pending:PendingPlugin",
     "planner": "tuner.builtin.planner:PlannerPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",

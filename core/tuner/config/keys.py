@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from tuner.config.data_keys import DataKeys
 from tuner.config.model_keys import ModelKeys
-from tuner.config.pending_keys import PendingKeys
 from tuner.config.train_keys import FlowKeys, TrainKeys
 from tuner.config.validation_keys import ValidationKeys
 from tuner.plugin import key
 
 
-class CoreConfig(ModelKeys, DataKeys, TrainKeys, FlowKeys, ValidationKeys, PendingKeys):
+class CoreConfig(ModelKeys, DataKeys, TrainKeys, FlowKeys, ValidationKeys):
     """All core keys, frozen. Plugins read them at ``run.config``."""
 
     plugins: list[str] | None = key(

@@ -14,7 +14,6 @@ from tuner.config.describe import allowed, facts, model_in, shown_default
 from tuner.config.keys import CoreConfig
 from tuner.config.model_keys import ModelKeys
 from tuner.config.owners import CORE, OPEN_VALUES
-from tuner.config.pending_keys import PendingKeys
 from tuner.config.train_keys import FlowKeys, TrainKeys
 from tuner.config.validation_keys import ValidationKeys
 from tuner.plugin import AnyPlugin
@@ -36,7 +35,6 @@ _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Training", TrainKeys),
     ("Noise and loss", FlowKeys),
     ("Validation", ValidationKeys),
-    ("Without effect yet", PendingKeys),
 )
 
 

@@ -1,7 +1,7 @@
 """Keys that users' files have and whose feature is not built yet.
 
 They are owned, so that those files pass, and each one that is set away from its default gives a visible
-warning that it has no effect yet. A key leaves this file when its feature arrives.
+warning that it has no effect yet. A key leaves this file for its plugin when its feature arrives.
 """
 
 from __future__ import annotations
