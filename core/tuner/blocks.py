@@ -9,7 +9,7 @@ sees exactly what its forward saw, whatever happened in between.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -94,6 +94,9 @@ class TokenSelector(Protocol):
 
 class Residency(Protocol):
     """Who moves a block's weights. The driver calls it around every block of every forward."""
+
+    streamed: Set[int]
+    """``id`` of every tensor that it moves: nobody else does."""
 
     def begin(self, differentiated: bool) -> None:
         """A forward starts; ``differentiated`` says whether a backward will follow."""

@@ -1,16 +1,14 @@
 """How a weight is taken apart into plain tensors, and put together again on other memory.
 
 A streamed weight lies in a flat buffer, and so do the tensors that a quantised one is made of: its data, its
-scales. A quantisation library needs one function here, and none where its tensors say themselves what they are
-made of (``__tensor_flatten__``, as those of quanto and torchao do).
+scales. A quantisation library needs one function here; none where what it stores are plain parameters or buffers, nor
+where its tensors say themselves what they are made of (``__tensor_flatten__``, as those of quanto and torchao do).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -59,41 +57,5 @@ def _wrapper(tensor: Tensor) -> Parts | None:
     return Parts(tuple(each for parts in known for each in parts.tensors), build)
 
 
-def _four_bit(tensor: Tensor) -> Parts | None:
-    """bitsandbytes' ``Params4bit``: packed data beside a ``quant_state``, whose scales may be quantised again."""
-    state = getattr(tensor, "quant_state", None)
-    if type(tensor).__name__ != "Params4bit" or state is None:
-        return None
-    states = [state, *([state.state2] if state.state2 is not None else [])]
-    places = [
-        (number, name)
-        for number, each in enumerate(states)
-        for name, value in vars(each).items()
-        if isinstance(value, Tensor)
-    ]
-    kind: Any = type(tensor)
-    bare = [_without(each, (name for number, name in places if number == index)) for index, each in enumerate(states)]
-    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
-    settings = {name: getattr(tensor, name) for name in names}
-
-    def build(tensors: Sequence[Tensor]) -> Tensor:
-        made = [copy.copy(each) for each in bare]
-        for (number, name), value in zip(places, tensors[1:], strict=True):
-            setattr(made[number], name, value)
-        if len(made) > 1:
-            made[0].state2 = made[1]
-        return kind(tensors[0], requires_grad=False, quant_state=made[0], **settings)  # type: ignore[no-any-return]
-
-    return Parts((tensor.data.as_subclass(Tensor), *(getattr(states[number], name) for number, name in places)), build)
-
-
-def _without(state: Any, names: Iterable[str]) -> Any:
-    """A copy of a quantisation state that holds none of its tensors."""
-    bare = copy.copy(state)
-    for name in (*names, "state2"):
-        setattr(bare, name, None)
-    return bare
-
-
-BACKENDS: list[Callable[[Tensor], Parts | None]] = [_plain, _wrapper, _four_bit]
+BACKENDS: tuple[Callable[[Tensor], Parts | None], ...] = (_plain, _wrapper)
 """One function for each kind of tensor: it answers None for those of others."""

@@ -10,7 +10,7 @@ Weights that are trained live on the host, where the optimizer changes them: eac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -33,6 +33,7 @@ class BlockStreaming:
     def __init__(self, masters: Sequence[Master], ring: Ring, *, blocks: int) -> None:
         self.masters = masters
         self.ring = ring
+        self.streamed: Set[int] = {id(value) for master in masters for value in master.values}
         self._first = ring.add(masters)
         self._group_of: dict[int, int] = {}
         self._entries: list[list[int]] = [[] for _ in range(blocks)]
