@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def figures(value: float) -> str:
-    """Three digits at least, without an exponent: ``1153``, ``86.2``, ``0.00123``."""
+    """Three digits, and all of those before the point: ``1153``, ``86.2``, ``0.00123``."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
