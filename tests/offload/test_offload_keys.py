@@ -54,11 +54,6 @@ def test_several_faults_come_in_one_message():
     assert "gradient_checkpointing" in str(error.value)
 
 
-def test_model_offload_alone_comes_later():
-    with pytest.raises(ConfigError, match="enable_model_cpu_offload is not built yet"):
-        plugin(enable_model_cpu_offload=True).configure(run())
-
-
 def test_switched_off_it_refuses_and_does_nothing():
     off = plugin(group_offload_type="leaf_level")
     off.configure(run(model_type="full", gradient_checkpointing=False))

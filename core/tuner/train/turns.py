@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from tuner.model import Network
 
@@ -34,7 +35,7 @@ class Turns:
 def hand_over(leaving: Network | None, entering: Network, device: torch.device) -> None:
     """Bring the frozen weights of ``entering`` to ``device`` once those of ``leaving`` have gone to the host.
 
-    Trained parameters stay where they are. A network with a residency keeps its weights on the host anyway.
+    Trained parameters stay where they are, and so do weights that a residency keeps on the host.
     """
     if leaving is not None and leaving is not entering:
         leave(leaving)
@@ -47,15 +48,17 @@ def leave(network: Network) -> None:
 
 
 def move(network: Network, device: torch.device) -> None:
-    """Move the frozen weights and buffers of ``network`` to ``device``."""
-    if network.residency is not None:
-        return
+    """Move the frozen weights and buffers of ``network`` to ``device``, but those that its residency moves."""
     groups = network.adapter.groups if network.adapter is not None else ()
-    trained = {id(each) for group in groups for each in group.parameters.values()}
+    staying = {id(each) for group in groups for each in group.parameters.values()}
+    if network.residency is not None:
+        staying |= network.residency.streamed
     for module in network.module.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in trained and parameter.device != device:
-                parameter.data = parameter.data.to(device)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in staying and parameter.device != device:
+                moved = parameter.to(device)  # not by its data: a quantised weight is made of several tensors
+                kept = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
+                module._parameters[name] = kept
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
+            if buffer is not None and id(buffer) not in staying and buffer.device != device:
                 module._buffers[name] = buffer.to(device)

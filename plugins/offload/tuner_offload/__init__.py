@@ -6,7 +6,7 @@ is trained, its gradients go to the host, and the optimizer works there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tuner.errors import ConfigError, ConfigErrors
@@ -49,7 +49,18 @@ class OffloadConfig(PluginConfig):
         ge=0,
     )
     group_offload_to_disk_path: str | None = key(None, "Folder to offload to instead of host memory.")
-    enable_model_cpu_offload: bool = key(False, "Move whole models between host and device by phase.", effect="memory")
+    enable_model_cpu_offload: bool = key(
+        False,
+        "Move the frozen denoiser to the host for as long as validation decodes or encodes, and back. "
+        "Excludes group offload.",
+        effect="memory",
+    )
+    text_encoder_offload: bool = key(
+        False,
+        "Stream the text encoder's blocks through the device while captions are encoded: two of them are there at any "
+        "time, the table of words stays on the host.",
+        effect="memory",
+    )
 
 
 class OffloadPlugin(Plugin[OffloadConfig]):
@@ -63,29 +74,28 @@ class OffloadPlugin(Plugin[OffloadConfig]):
 
     def is_active(self, core: CoreConfig) -> bool:
         """Only when an offload is switched on."""
-        return self.config.enable_group_offload or self.config.enable_model_cpu_offload
+        config = self.config
+        return config.enable_group_offload or config.enable_model_cpu_offload or config.text_encoder_offload
 
     @hookimpl
     def configure(self, run: Run) -> None:
         """Refuse what does not go together, and what is not built yet."""
-        faults = [*self._kind_faults(), *(self._group_faults(run.config) if self.config.enable_group_offload else ())]
+        faults = [
+            *self._kind_faults(run),
+            *(self._group_faults(run.config) if self.config.enable_group_offload else ()),
+        ]
         if faults:
             raise faults[0] if len(faults) == 1 else ConfigErrors(faults)
 
-    def _kind_faults(self) -> Iterable[ConfigError]:
+    def _kind_faults(self, run: Run) -> Iterable[ConfigError]:
         """What is wrong with the choice of offload."""
-        if not self.config.enable_model_cpu_offload:
-            return
-        if self.config.enable_group_offload:
+        if self.config.enable_model_cpu_offload and self.config.enable_group_offload:
             yield ConfigError(
                 "enable_model_cpu_offload and enable_group_offload exclude each other",
                 remedy="keep enable_group_offload: it needs the least device memory in training",
             )
-        else:
-            yield ConfigError(
-                "enable_model_cpu_offload is not built yet",
-                remedy="use enable_group_offload; encoders and denoiser are never loaded together anyway",
-            )
+        elif self.config.enable_model_cpu_offload and run.config.model_type == "full":
+            run.log.warning("enable_model_cpu_offload moves frozen weights; those that are trained stay on the device")
 
     def _group_faults(self, core: CoreConfig) -> Iterable[ConfigError]:
         """What keeps group offload from running with these keys."""
@@ -151,6 +161,20 @@ class OffloadPlugin(Plugin[OffloadConfig]):
             "resident_blocks": resident_at_any_time(blocks, self._resident, size),
             "offloaded_to": "host" if self.config.group_offload_to_disk_path is None else "disk",
         }
+
+    @hookimpl(wrapper=True)
+    def load_model(self, run: Run) -> Generator[None, Model, Model]:
+        """Surround the phases of encoders and decoders, where they stream or the denoiser makes room for them."""
+        model = yield
+        if self.config.text_encoder_offload:
+            from tuner_offload.encoders import stream_text_encoders
+
+            stream_text_encoders(run, model)
+        if self.config.enable_model_cpu_offload:
+            from tuner_offload.by_phase import take_turns
+
+            take_turns(run, model)
+        return model
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
