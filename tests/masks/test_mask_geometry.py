@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tuner.data.masks import brightness, forced_tokens, to_latents
+from tuner.builtin.datasets.mask_weights import brightness, forced_tokens, to_latents
 from tuner.spec import LatentGeometry
 
 GEOMETRIES = st.builds(

@@ -186,7 +186,8 @@ def build_cache(
         encoder.captions(keys.text, prepared.text_cache, prepared.text_write_batch_size)
         failures.update(encoder.clips(samples, keys.image, "conditioning"))
         failures.update(encoder.clips(samples, keys.video))
-        failures.update(encode_masks(encoder, samples, keys.mask))
+        if prepared.weigh is not None:
+            failures.update(encode_masks(encoder, samples, keys.mask, prepared.weigh))
     everywhere = processes.gather((failures, tally))
     failures = {name: reason for found, _ in everywhere for name, reason in sorted(found.items())}
     encoded, rebuilt = (sum(getattr(each, name) for _, each in everywhere) for name in ("encoded", "rebuilt"))

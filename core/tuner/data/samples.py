@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tuner.data.report import DataReport
+    from tuner.spec import ModelSpec
 
 
 @dataclass(frozen=True, order=True)
@@ -115,6 +116,16 @@ class Decode(Protocol):
         """
 
 
+class Weigh(Protocol):
+    """From a mask to how much each place counts. Called from the process's main thread."""
+
+    def __call__(self, file: Companion, view: View, bucket: Bucket, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+        """Weights (1, F', h, w) float32 in [0, 1], above 0 somewhere, and (S,) bool: tokens that no route may drop.
+
+        Raises DataError naming the file when there is no such mask in it.
+        """
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How often, and when, the samples of a dataset are shown."""
@@ -158,6 +169,8 @@ class Prepared:
     report: DataReport
     decode: Decode
     """reads the files of the samples and of their companions"""
+    weigh: Weigh | None = None
+    """reads their masks; None where no sample has one"""
     held_out: tuple[Sample, ...] = ()
     """never trained on: for the loss on clips the model has not seen"""
     caches: tuple[Path, ...] = field(default=())

@@ -6,7 +6,7 @@ as they were read, block after block. So the two networks are never in memory to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ class FullPrecision:
 
     def __init__(self, network: Network, layers: Mapping[str, nn.Module], device: torch.device) -> None:
         self._inner, self._device, self._source = network.residency, device, network.weights
+        self.streamed: Set[int] = frozenset() if self._inner is None else self._inner.streamed
         names = {each: name for name, each in network.module.named_modules()}
         prefixes = [f"{names[block]}." for block in network.stack.blocks]
         self._layers = [{name: each for name, each in layers.items() if name.startswith(prefix)} for prefix in prefixes]

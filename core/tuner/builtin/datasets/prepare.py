@@ -16,6 +16,7 @@ from tuner.builtin.datasets.entries import LOCAL, AnyTrained, EvalDataset
 from tuner.builtin.datasets.idle import idle_keys
 from tuner.builtin.datasets.images import image_cache, unused
 from tuner.builtin.datasets.judge import REMEDIES, UNDECODABLE, Kept, check_dataset, judge
+from tuner.builtin.datasets.mask_weights import weigh_mask
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions, conditioning_of
 from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
@@ -73,6 +74,7 @@ def prepare(
         text_cache=datasets.text.cache_dir,
         text_write_batch_size=datasets.text.write_batch_size,
         decode=decode_file,
+        weigh=weigh_mask,
         report=DataReport(tuple(reports), (*datasets.notes, *unused(datasets, spec))),
         held_out=tuple(held_out),
         caches=_caches(inputs),
