@@ -105,6 +105,7 @@ class TestPending(PluginContract):
 
 class TestPlanner(PluginContract):
     plugin = "planner"
+    legacy_keys = frozenset({"plan_card"})
 
 
 class TestPriorPreservation(PluginContract):
