@@ -115,8 +115,9 @@ def _linears(dim: int, wide: int) -> tuple[Linear, ...]:
 
 def _outside_blocks(config: dict[str, Any], dim: int) -> int:
     """Parameters of the layers around the blocks: latents in and out, times, text, the last modulation."""
-    channels, text = config["in_channels"], config["caption_channels"]
-    out = config.get("out_channels") or channels
+    channels: int = config["in_channels"]
+    text: int = config["caption_channels"]
+    out: int = config.get("out_channels") or channels
     layers = [(channels, dim), (dim, out), (FREQUENCIES, dim), (dim, dim), (dim, 6 * dim), (text, dim), (dim, dim)]
     return sum((inputs + 1) * outputs for inputs, outputs in layers) + 2 * dim
 
