@@ -194,3 +194,21 @@ def test_autocast_keeps_no_copies_of_blocks_that_have_left(toy):
         return casts.most
 
     assert alive(toy(offload=True, full=True, blocks=8)) < alive(toy(offload=False, full=True, blocks=8)) / 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("resident", [0, 3])
+def test_on_cuda(toy, use_stream, resident):
+    """Gradients come back beside the computation; the optimizer of torch steps over host and device at once."""
+    ways = {"full": True, "blocks": 12, "device": "cuda"}
+    streamed, plain = toy(offload=True, use_stream=use_stream, resident=resident, **ways), toy(offload=False, **ways)
+    hosted = [each for master in streamed.residency.masters for each in master.values]
+    assert all(each.is_cpu and each.is_pinned() for each in hosted)
+    found, expected = train(streamed, adamw(streamed), 4), train(plain, adamw(plain), 4)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu(), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        optimizer = torch.optim.AdamW(parameters(streamed).values(), lr=1e-3, fused=True)
+    streamed.loss(0).backward()
+    optimizer.step()

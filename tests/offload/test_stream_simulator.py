@@ -100,7 +100,7 @@ KINDS = (
     "backward breaks off",
     "no backward",
 )
-ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, BLOCKS - 1)), min_size=1, max_size=5)
+ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, BLOCKS - 1)), min_size=1, max_size=4)
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_no_block_ever_computes_with_anothers_weights(pair):
     plain, streamed = pair
     late = 0
 
-    @settings(max_examples=40)
+    @settings(max_examples=16)
     @given(st.sampled_from([(1, 0), (1, 1), (1, 3), (2, 0), (2, 1)]), ACTIONS, st.integers(0, 2**32))
     def run(way, actions, seed):
         nonlocal late

@@ -58,6 +58,7 @@ def learn(bench_of, new_simulator, monkeypatch):
         for _ in range(count):
             network.module.train()
             network.trampoline.context = StepContext(checkpointing=True, residency=network.residency)
+            torch.manual_seed(len(seen))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 losses = hook.compute_loss(run=run, model=model, batch=copy.copy(batch)).per_sample
             losses.mean().backward()
@@ -87,6 +88,19 @@ def test_a_lora_trains_the_same(learn, flavour, dtype):
     streamed, found = learn(flavour, dtype, enable_group_offload=True, group_offload_resident_blocks=1)
     assert streamed.residency is not None
     assert_same(found, learn(flavour, dtype)[1])
+
+
+def test_beside_dropout_chunks_and_rollouts(learn):
+    """What is drawn, computed in parts, or computed before the step, is as it is without offload."""
+    keys = {
+        "lora_dropout": 0.2,
+        "enable_chunked_feed_forward": True,
+        "feed_forward_chunk_size": 1,
+        "scheduled_sampling_max_step_offset": 2,
+        "scheduled_sampling_num_inference_steps": 4,
+        "scheduled_sampling_probability": 1.0,
+    }
+    assert_same(learn(enable_group_offload=True, **keys)[1], learn(**keys)[1])
 
 
 def test_the_network_itself_trains_the_same(learn):
