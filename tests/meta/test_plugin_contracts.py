@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tuner.selection import discover
 from tuner.builtin.pending.keys import PendingKeys
+from tuner.selection import discover
 from tuner.testing.contract import FamilyContract, PluginContract
 
 
@@ -87,15 +87,18 @@ class TestOffload(PluginContract):
             "enable_group_offload",
             "enable_model_cpu_offload",
             "group_offload_blocks_per_group",
+            "group_offload_resident_blocks",
             "group_offload_to_disk_path",
             "group_offload_type",
             "group_offload_use_stream",
+            "text_encoder_offload",
         }
     )
 
 
 class TestOptimizers(PluginContract):
     plugin = "optimizers"
+    legacy_keys = frozenset({"lr_num_cycles", "lr_power"})
 
 
 class TestPending(PluginContract):
