@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,40 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Held:
+    """How much of a token is in memory, for the memory model: elements, by their kind."""
+
+    dim: float = 0.0
+    """of the network's width, in the activations' type"""
+    float32: float = 0.0
+    """of the network's width, in float32 whatever the activations are"""
+    wide: float = 0.0
+    """of the feed-forward's width, in the activations' type"""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one block holds for each token that it sees, adapters and the log-sum-exp of attention not counted.
+
+    ``forward``, ``recompute`` and ``backward`` are what is held beside ``kept`` where that pass holds most, the
+    gradient that comes in among it; several where the widths decide which moment that is.
+    """
+
+    kept: Held
+    """From its forward to its backward; ``wide`` is the feed-forward's share."""
+    forward: Held
+    recompute: tuple[Held, ...]
+    backward: tuple[Held, ...]
+    context: Held
+    """Kept for each token of the text or of embedded frames."""
+    around: Held = Held()
+    """Held throughout for each token of the clip, beside the blocks."""
+    companions: float = 0.0
+    """Bytes for each token that all blocks read, such as rotary tables: once for all clips, and for each after a
+    route took tokens out."""
+
+
+@dataclass(frozen=True)
 class NetworkSpec:
     """Dimensions of one denoiser, for the routes, the FLOP model and the memory model."""
 
@@ -76,6 +111,11 @@ class NetworkSpec:
     """Tokens of the embedded frames that cross-attention reads beside the text."""
     per_token_times: bool = False
     """Whether in a clip of several frames each token has a time, and so a modulation, of its own."""
+    activations: Callable[[NetworkSpec, bool, bool], Activations] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """What a block holds, where the family knows it: given the network, whether its own weights are trained, and
+    whether each token has a time. None takes the usual block's."""
 
     @property
     def matrices(self) -> tuple[Linear, ...]:

@@ -47,6 +47,8 @@ class Workload:
     """Trained parameters beside the network's own."""
     adapter_parameters_on_text: int = 0
     """Those of them that are applied to the text, not to the tokens."""
+    adapted_width: int = 0
+    """Inputs of the adapted matrices over tokens, summed over one block: what adapters keep of a token."""
     optimizer_bytes: float = 8.0
     """Optimizer state per trained parameter."""
     dropped: tuple[float, ...] = ()

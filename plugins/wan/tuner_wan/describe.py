@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
-from tuner_wan import dimensions, sources
+from tuner_wan import costs, dimensions, sources
 from tuner_wan.flavours import DEFAULT_FLAVOUR, FLAVOURS, TEXT_TOKENS, Flavour, named, of_repository, resembling
 from tuner_wan.names import RENAME
 from tuner_wan.sources import Part
@@ -156,6 +156,7 @@ def _network(name: str, config: Mapping[str, Any], flavour: Flavour, sigma_range
         linears=dimensions.linears(dim, ffn_dim, image_context=image),
         small=dimensions.small(dim, ffn_dim, image_context=image),
         image_tokens=flavour.image_tokens,
+        activations=costs.activations,
     )
     return replace(network, other=_outside_blocks(network, config, flavour))
 

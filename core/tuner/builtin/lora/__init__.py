@@ -87,6 +87,12 @@ class LoraPlugin(Plugin[LoraConfig]):
         return {
             "adapter_parameters": sum(count for _, count in counted),
             "adapter_parameters_on_text": sum(count for linear, count in counted if linear.over != "tokens"),
+            "adapted_width": sum(
+                linear.inputs * _adapted_blocks(linear.name, targets, network.blocks)
+                for linear in network.matrices
+                if linear.over == "tokens"
+            )
+            // network.blocks,
         }
 
     @hookimpl
