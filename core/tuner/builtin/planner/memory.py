@@ -1,0 +1,127 @@
+"""Memory of a training step by component, in closed form: no torch, no weights. Derived in docs/memory-model.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+from tuner.builtin.planner.memory_blocks import (
+    FLOAT32,
+    Block,
+    activations_of,
+    block_bytes,
+    block_parameters,
+    blocks_of,
+    bytes_of,
+    plain_bytes,
+    streamed_blocks,
+)
+from tuner.spec import Held
+from tuner.workload import Workload
+
+CONTEXT = 0.5e9
+"""Bytes that CUDA's context and the libraries' workspaces take, about; it is no tensor."""
+HEAD = Held(dim=1, float32=3)
+"""Of a token while the last norm and the projection are computed."""
+IN_FLIGHT = 2
+"""Offloaded inputs on the device while a block is computed again: its own, and the one brought back meanwhile."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the worst moment, by component."""
+
+    device: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def on_device(self) -> float:
+        """Bytes in all."""
+        return sum(self.device.values())
+
+    @property
+    def on_host(self) -> float:
+        """Bytes in all, beside what the process itself takes."""
+        return sum(self.host.values())
+
+
+def predict(workload: Workload) -> Memory:
+    """What a training step of ``workload`` holds on the device, and on the host, when it holds most on the device."""
+    blocks = blocks_of(workload)
+    device, host = _weights(workload)
+    worst = max(_moments(workload, blocks), key=lambda moment: sum(moment.values()))
+    device |= worst | {"around the blocks": _around(workload), "CUDA context": CONTEXT}
+    host["block inputs"] = sum(block.input for block in blocks if block.offloaded)
+    return Memory(_without_zeros(device), _without_zeros(host))
+
+
+def _weights(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
+    """(on the device, on the host): weights and optimizer state; gradients where they are on the host."""
+    network, adapters = workload.network, workload.adapter_parameters
+    block, streamed = block_bytes(workload), streamed_blocks(workload)
+    resident = network.blocks if workload.resident_blocks is None else workload.resident_blocks
+    device = {
+        "base weights": resident * block + network.other * plain_bytes(workload),
+        "dequantised weight": _dequantised(workload),
+        "adapters": adapters * FLOAT32,
+        "optimizer state": adapters * workload.optimizer_bytes,
+    }
+    host = {"base weights": streamed * block if workload.offloaded_to == "host" else 0.0}
+    if workload.trained == "network":
+        moved = streamed * block_parameters(network)
+        stays = network.blocks * block_parameters(network) + network.other - moved
+        device["optimizer state"] = stays * workload.optimizer_bytes
+        host |= {"gradients": streamed * block, "optimizer state": moved * workload.optimizer_bytes}
+    return device, host
+
+
+def _dequantised(workload: Workload) -> float:
+    """The matrix that is computed with at the moment, where weights are kept in fewer bits than that takes."""
+    if workload.weight_bytes >= workload.activation_bytes:
+        return 0.0
+    return max(each.inputs * each.outputs for each in workload.network.matrices) * workload.activation_bytes
+
+
+def _around(workload: Workload) -> float:
+    """Latents, noise, noisy latents and target in float32, the network's input, text and embedded frames, tables."""
+    network, width = workload.network, workload.activation_bytes
+    held = activations_of(workload)
+    tokens = workload.samples * workload.tokens
+    clip = tokens * prod(network.patch) * (4 * workload.latents.channels * FLOAT32 + network.in_channels * width)
+    raw = network.text_tokens * network.text_dim + (network.text_tokens + network.image_tokens) * network.dim
+    throughout = tokens * bytes_of(held.around, network, width) + workload.tokens * held.companions
+    return clip + workload.samples * raw * width + throughout
+
+
+def _moments(workload: Workload, blocks: list[Block]) -> Iterator[dict[str, float]]:
+    """What a step holds of activations and gradients, at each moment that may be its worst."""
+    before, gradients = 0.0, sum(block.gradient for block in blocks)
+    yield _moment(0.0, 0.0, gradients)
+    for block in blocks:
+        own = gradients
+        gradients -= block.gradient
+        if block.checkpointed:
+            flight = IN_FLIGHT * block.input if block.offloaded else block.input
+            for extra in block.recompute:
+                yield _moment(before + flight, block.kept + extra, gradients)
+        else:
+            yield _moment(before, block.kept + block.forward, 0.0)
+        for extra in block.backward:
+            yield _moment(before + block.input * block.checkpointed, block.kept + extra, own)
+        before += block.held
+    head = workload.samples * workload.tokens * bytes_of(HEAD, workload.network, workload.activation_bytes)
+    yield _moment(before, head + sum(block.copies for block in blocks), 0.0)
+
+
+def _moment(before: float, working: float, gradients: float) -> dict[str, float]:
+    """
+    Arguments
+        before: held for the backward of blocks before the one at work.
+        working: held by that block.
+    """
+    return {"kept for backward": before, "block at work": working, "gradients": gradients}
+
+
+def _without_zeros(components: dict[str, float]) -> dict[str, float]:
+    return {name: size for name, size in components.items() if size}
