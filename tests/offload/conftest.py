@@ -258,6 +258,8 @@ def toy(tmp_path, monkeypatch):
         use_stream: bool = False,
         resident: int = 0,
         full: bool = False,
+        by_leaf: bool = False,
+        disk: Any = None,
         simulator: StreamSimulator | None = None,
         extra: tuple[Transform, ...] = (),
     ) -> Trained:
@@ -268,14 +270,21 @@ def toy(tmp_path, monkeypatch):
         run.spec = describe(run.config)
         run.place(torch.device(device), dtype)
         network = load(run).network
-        place = group_offload(run, blocks_per_group=blocks_per_group, use_stream=use_stream, resident=resident)
+        place = group_offload(
+            run,
+            blocks_per_group=blocks_per_group,
+            use_stream=use_stream,
+            resident=resident,
+            by_leaf=by_leaf,
+            disk=disk,
+        )
         if simulator is not None:
             monkeypatch.setattr(placement, "copier_for", lambda device, use_stream: simulator)
         if not while_reading:
             place = Transform(place.stage, place.name, place.claims, place.apply)
         trained = Transform(Stage.ADAPT, "full", frozenset({"adapter"}), attach) if full else lora(layers)
         prepare(run, network, sorted([trained, *extra, *([place] if offload else [])], key=lambda each: each.stage))
-        if simulator is not None:
+        if simulator is not None and not by_leaf:
             network.residency = Observed(network.residency, simulator)
         originals = {name: tensor.to(network.dtype_of(name)) for name, tensor in network.weights()}
         return Trained(network, run, torch.device(device), dtype == torch.bfloat16, originals)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from tuner.errors import PluginError
 from tuner.model import Network, Stage, Transform
+from tuner_offload.disk import DiskStore
 from tuner_offload.host import HostStore
-from tuner_offload.masters import Master, Store, bind
+from tuner_offload.leaf import LeafStreaming, leaves
+from tuner_offload.masters import Master, bind
 from tuner_offload.reading import MasterSink
 from tuner_offload.ring import Ring
 from tuner_offload.schedule import RING_GROUPS, groups, streamed_blocks
+from tuner_offload.staged import staged_copier
 from tuner_offload.streaming import BlockStreaming
 from tuner_offload.transfer import copier_for, has_streams
 
@@ -29,7 +32,8 @@ def group_offload(
     blocks_per_group: int,
     use_stream: bool,
     resident: int = 0,
-    store_of: Callable[[Network], Store] | None = None,
+    by_leaf: bool = False,
+    disk: DiskStore | None = None,
 ) -> Transform:
     """The transform that makes a network's blocks stream through the device buffers of one ring.
 
@@ -37,17 +41,18 @@ def group_offload(
         blocks_per_group: blocks that move together.
         use_stream: copy beside the computation, where the device can.
         resident: blocks that stay on the device.
-        store_of: where a network's masters are kept; host memory unless given.
+        by_leaf: stream layer by layer instead of by groups of blocks.
+        disk: where masters are kept; host memory unless given.
     """
     sinks: dict[str, MasterSink] = {}
     rings: list[Ring] = []
 
     def sink(network: Network) -> MasterSink:
         blocks = network.stack.blocks
-        grouped = groups(streamed_blocks(len(blocks), resident), blocks_per_group)
-        streamed = [[(block, blocks[block]) for block in group] for group in grouped]
-        store = HostStore(pinned=run.device.type == "cuda") if store_of is None else store_of(network)
-        sinks[network.name] = MasterSink(network, streamed, store)
+        streamed = streamed_blocks(len(blocks), resident)
+        grouped = [[(block, blocks[block]) for block in group] for group in groups(streamed, blocks_per_group)]
+        store = disk or HostStore(pinned=run.device.type == "cuda")
+        sinks[network.name] = MasterSink(network, leaves(network, streamed) if by_leaf else grouped, store)
         return sinks[network.name]
 
     def apply(network: Network) -> None:
@@ -56,9 +61,15 @@ def group_offload(
         check_masters(network, masters)
         keep_on_device(network, masters, run.device)
         if not rings:
-            rings.append(Ring(RING_GROUPS, run.device, copier_for(run.device, use_stream)))
-        network.residency = BlockStreaming(masters, rings[0], blocks=len(network.stack.blocks))
-        _report(run, network, masters, rings[0], use_stream)
+            copier = (copier_for if disk is None else staged_copier)(run.device, use_stream)
+            rings.append(Ring(RING_GROUPS, run.device, copier))
+        ring = rings[0]
+        network.residency = (
+            LeafStreaming(masters, ring) if by_leaf else BlockStreaming(masters, ring, blocks=len(network.stack.blocks))
+        )
+        _report(run, network, masters, ring, use_stream, "in host memory" if disk is None else "on disk")
+        if disk is not None:
+            run.log.info("group offload of %s: %s", network.name, disk.describe())
 
     return Transform(stage=Stage.PLACE, name="group_offload", claims=frozenset({"placement"}), apply=apply, sink=sink)
 
@@ -91,13 +102,14 @@ def keep_on_device(network: Network, masters: Sequence[Master], device: torch.de
                     owner._buffers[name] = buffer.to(device)
 
 
-def _report(run: Run, network: Network, masters: Sequence[Master], ring: Ring, use_stream: bool) -> None:
+def _report(run: Run, network: Network, masters: Sequence[Master], ring: Ring, use_stream: bool, where: str) -> None:
     hosted = sum(master.nbytes for master in masters)
     run.log.info(
-        "group offload of %s: %d groups, %.2f GiB in host memory, %.2f GiB on %s at any time%s",
+        "group offload of %s: %d groups, %.2f GiB %s, %.2f GiB on %s at any time%s",
         network.name,
         len(masters),
         hosted / GIB,
+        where,
         ring.nbytes / GIB,
         run.device,
         ", gradients and optimizer on the host" if any(master.trained for master in masters) else "",

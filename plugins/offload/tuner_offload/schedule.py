@@ -27,3 +27,8 @@ def groups(streamed: Sequence[int], blocks_per_group: int) -> list[list[int]]:
 def resident_at_any_time(blocks: int, resident: int, blocks_per_group: int) -> int:
     """Blocks whose weights are on the device: those that stay and those in the ring."""
     return min(blocks, resident + RING_GROUPS * blocks_per_group)
+
+
+def leaf_ring_blocks(matrices: Sequence[int]) -> int:
+    """Blocks, in whole ones, that a ring of single layers is as large as; ``matrices``: sizes of a block's layers."""
+    return -(-RING_GROUPS * max(matrices) // sum(matrices))
