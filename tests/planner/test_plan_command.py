@@ -99,6 +99,10 @@ def test_shapes_of_a_real_model_need_neither_data_nor_weights_nor_torch(tmp_path
     assert clip["seconds"] == pytest.approx(13.4, rel=0.01)
     assert found["card"] == "H100"
     assert found["hours"] is None
+    assert clip["memory"]["device"]["base weights"] == pytest.approx(14.288e9 * 2, rel=1e-3)
+    assert clip["memory"]["device"]["kept for backward"] == pytest.approx(40 * 32760 * 5120 * 2, rel=0.1)
+    assert sum(clip["memory"]["device"].values()) > sum(picture["memory"]["device"].values()) > 14.288e9 * 2
+    assert not clip["memory"]["host"]
 
 
 def test_data_are_surveyed_and_each_shape_weighs_as_often_as_it_comes(folder: Path, call: Call) -> None:
@@ -126,6 +130,20 @@ def test_the_table_names_shapes_times_and_what_routes_bring(call: Call) -> None:
     plain = call(LARGE, "--shape", "832x480")[1]
     assert "routes" not in plain
     assert "For times name a card" in plain
+
+
+def test_memory_is_shown_for_the_shape_that_takes_most(call: Call) -> None:
+    words = ("--shape", "832x480,832x480x81", "--enable_group_offload")
+    code, out, err = call(LARGE, *words)
+    assert code == 0, err
+    (table,) = re.findall(r"^GiB at most, training on clips of 832x480, 81 frames +device +host *$", out, re.MULTILINE)
+    below = out.partition(table)[2]
+    (weights,) = re.findall(r"^base weights +([\d.]+) +([\d.]+) *$", below, re.MULTILINE)
+    device, host = map(float, weights)
+    assert device < 3 < 25 < host
+    (total,) = re.findall(r"^in all +([\d.]+)", below, re.MULTILINE)
+    shown = re.findall(r"^[a-zA-Z ]+?  +([\d.]+)", below.partition("in all")[0], re.MULTILINE)
+    assert float(total) == pytest.approx(sum(map(float, shown)), abs=0.05)
 
 
 def test_both_experts_are_planned(call: Call) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tuner.builtin.planner.cards import Card
 from tuner.builtin.planner.flops import StepFlops, step_flops
+from tuner.builtin.planner.memory import Memory, predict
 from tuner.builtin.planner.speed import speed_up, step_seconds
 from tuner.data.order import Order
 from tuner.data.samples import Bucket
@@ -42,6 +43,8 @@ class Cost:
     """at least, on the card; None where no card is known"""
     speed_up: float
     """How many times as fast the step is as without token routes."""
+    memory: Memory
+    """at its peak"""
 
     @property
     def work(self) -> float:
@@ -61,7 +64,7 @@ def cost_of(estimate: Estimate, network: NetworkSpec, shape: Shape, card: Card |
     """The cost of a step of ``network`` on ``shape``."""
     workload = estimate(network, shape.bucket, shape.samples)
     seconds = None if card is None else step_seconds(workload, card)
-    return Cost(shape, workload, step_flops(workload), seconds, speed_up(workload, card))
+    return Cost(shape, workload, step_flops(workload), seconds, speed_up(workload, card), predict(workload))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 HOUR = 3600
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def tables(plan: Plan) -> Iterator[Table | str]:
         yield _speed(plan, plan.spec.network(name), costs)
         if len(costs) > 1:
             yield _average(costs)
+        yield _memory(max(costs, key=lambda cost: cost.memory.on_device))
     if plan.hours is not None:
         yield f"{plan.steps} steps: {figures(plan.hours)} h of training at least"
     if plan.card is None:
@@ -79,6 +81,25 @@ def _speed(plan: Plan, network: NetworkSpec, costs: Sequence[Cost]) -> Table:
     for cost in costs:
         table.add_row(*_cells(cost, routed))
     return table
+
+
+def _memory(cost: Cost) -> Table:
+    """What a step on the shape that takes most holds, by component."""
+    from rich.table import Table
+
+    device, host = cost.memory.device, cost.memory.host
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(f"GiB at most, training on clips of {cost.shape.bucket}")
+    for place in ("device", "host"):
+        table.add_column(place, justify="right")
+    for component in dict.fromkeys([*device, *host]):
+        table.add_row(component, *(_gib(held.get(component, 0.0)) for held in (device, host)))
+    table.add_row("in all", _gib(cost.memory.on_device), _gib(cost.memory.on_host))
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size else ""
 
 
 def _headings(card: Card | None, routed: bool) -> list[str]:
@@ -141,4 +162,5 @@ def _record(cost: Cost) -> dict[str, Any]:
         "self_attention_share": flops.self_attention_share,
         "seconds": cost.seconds,
         "speed_up": cost.speed_up,
+        "memory": {"device": cost.memory.device, "host": cost.memory.host},
     }
