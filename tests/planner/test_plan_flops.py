@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +107,7 @@ GRID = (5, 32, 32)
 NETWORK = NetworkSpec("net", BLOCKS, DIM, 3, WIDE, TEXT, 512, 16)
 
 
-def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -> Mapping[str, int]:
+def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -> dict[str, int]:
     """FLOP by operator that torch counts in a forward and a backward under the block driver, without storage."""
     with torch.device("meta"):
         module = WanTransformer3DModel(num_attention_heads=3, text_dim=TEXT, ffn_dim=WIDE, num_layers=BLOCKS)
