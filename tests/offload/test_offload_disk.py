@@ -221,6 +221,20 @@ def test_the_process_does_not_hold_what_lies_on_disk(tmp_path, folder):
     assert stored < 0.4 * weights / 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_from_disk_to_cuda(toy, folder, use_stream, by_leaf):
+    """By way of two pinned buffers that a thread fills, or straight from the mapped files."""
+    keys = {"blocks": 12, "device": "cuda", "dtype": torch.bfloat16}
+    streamed = toy(offload=True, disk=DiskStore(folder), use_stream=use_stream, by_leaf=by_leaf, **keys)
+    assert type(streamed.residency.ring.copier).__name__ == ("StagedCopier" if use_stream else "InlineCopier")
+    for ours, theirs in zip(train(streamed, 3), train(toy(offload=False, **keys), 3), strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name])
+
+
 # The keys
 
 

@@ -172,6 +172,20 @@ def test_a_network_without_linear_layers_is_refused(toy):
         leaves(network, range(6))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_layers_stream_on_cuda(toy, use_stream, checkpointing):
+    keys = {"blocks": 12, "device": "cuda"}
+    streamed = toy(offload=True, by_leaf=True, use_stream=use_stream, **keys)
+    assert all(each.weight.is_cpu and each.weight.is_pinned() for each in linears(streamed))
+    found = train(streamed, checkpointing=checkpointing)
+    for ours, theirs in zip(found, train(toy(offload=False, **keys), checkpointing=checkpointing), strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name])
+
+
 # The keys
 
 

@@ -131,6 +131,23 @@ def test_two_blocks_and_no_table_of_words_are_on_the_device(load, rings):
         assert not storages(encoder.model) & buffers, "afterwards, and the table of words at any time"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no_change", "int8-quanto"])
+def test_on_a_device_it_computes_there_and_leaves_its_weights_on_the_host(load, rings, precision):
+    keys = {"device": "cuda", "dtype": torch.bfloat16, "text_encoder_1_precision": precision}
+    _, resident = load(**keys)
+    run, streamed = load(**keys)
+    stream_text_encoders(run, streamed)
+    with streamed.use("text_encoder") as (encoder,):
+        assert encoder.model.shared.weight.is_cpu
+        assert all(each.is_cpu for block in encoder.model.encoder.block for each in block.parameters())
+        assert all(each.is_cuda for each in rings[-1].buffers)
+        found = encode(streamed)
+    for ours, theirs in zip(found, encode(resident), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_all_of_it_is_gone_after_its_phase(load, rings, fails):
     """At once: what is loaded next needs the memory and does not wait for a garbage collection."""

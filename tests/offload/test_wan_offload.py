@@ -141,3 +141,27 @@ def test_buffers_stream_with_their_block_and_strides_stay(learn):
     assert layer.table is not table
     assert torch.equal(layer.table, table)
     assert layer.table.stride() == table.stride()
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_layer_by_layer_and_from_files(learn, flavour, tmp_path):
+    """... bf16 matrices that the float32 files do not hold are in files of their own."""
+    keys = {"group_offload_type": "leaf_level", "group_offload_to_disk_path": str(tmp_path / "offloaded")}
+    streamed, found = learn(flavour, torch.bfloat16, enable_group_offload=True, **keys)
+    assert list((tmp_path / "offloaded").iterdir())
+    assert_same(found, learn(flavour, torch.bfloat16)[1])
+    assert len(streamed.residency.masters) >= LAYERS * 10
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("where", ["leaf_level", "disk"])
+def test_a_quantised_base_streams_otherwise_too(learn, precision, where, tmp_path):
+    """The quantiser's report computes with plain weights for once; afterwards the layers stream again."""
+    keys = {"dtype": torch.bfloat16, "count": 1, "base_model_precision": precision}
+    kinds = {"leaf_level": {"group_offload_type": where}, "disk": {"group_offload_to_disk_path": str(tmp_path)}}
+    streamed, found = learn(enable_group_offload=True, **keys, **kinds[where])
+    assert_same(found, learn(**keys)[1])
+    if where == "leaf_level":
+        layers = [each for block in streamed.stack.blocks for each in block.modules() if hasattr(each, "_tuner_leaf")]
+        assert len(layers) == len(streamed.residency.masters)
+        assert all("forward" in vars(each) for each in layers)

@@ -23,7 +23,7 @@ from tuner_offload.ring import Ring
 
 
 def leaves(network: Network, blocks: Sequence[int]) -> list[Members]:
-    """Each frozen Linear layer of ``blocks``, by itself, in the order of the network.
+    """Each frozen Linear layer of ``blocks``, by itself, in the order of the network; all of them before they are read.
 
     Raises ConfigError where there is none.
     """
@@ -31,7 +31,7 @@ def leaves(network: Network, blocks: Sequence[int]) -> list[Members]:
         [(block, layer)]
         for block in blocks
         for layer in network.stack.blocks[block].modules()
-        if isinstance(layer, nn.Linear) and not any(each.requires_grad for each in layer.parameters(recurse=False))
+        if isinstance(layer, nn.Linear) and not any(_is_trained(each) for each in layer.parameters(recurse=False))
     ]
     if not found:
         raise ConfigError(
@@ -40,6 +40,10 @@ def leaves(network: Network, blocks: Sequence[int]) -> list[Members]:
             remedy="use block_level",
         )
     return found
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and not parameter.is_meta
 
 
 class LeafStreaming:

@@ -6,7 +6,7 @@ as they were read, block after block. So the two networks are never in memory to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ class FullPrecision:
         names = {each: name for name, each in network.module.named_modules()}
         prefixes = [f"{names[block]}." for block in network.stack.blocks]
         self._layers = [{name: each for name, each in layers.items() if name.startswith(prefix)} for prefix in prefixes]
+        self._own = {layer: vars(layer).get("forward") for layer in layers.values()}
 
     def begin(self, differentiated: bool) -> None:
         """See ``tuner.blocks.Residency``."""
@@ -52,8 +53,7 @@ class FullPrecision:
 
     def leave(self, index: int) -> None:
         """Back to what is stored."""
-        for layer in self._layers[index].values():
-            vars(layer).pop("forward", None)
+        self.restore(self._layers[index].values())
         self._pass(lambda inner: inner.leave(index))
 
     def backward_done(self, index: int) -> None:
@@ -63,26 +63,31 @@ class FullPrecision:
         """See ``tuner.blocks.Residency``."""
         self._pass(lambda inner: inner.end(differentiated))
 
+    def restore(self, layers: Iterable[nn.Module]) -> None:
+        """Give ``layers`` back the forward that they had: their class's, or one of another plugin."""
+        for layer in layers:
+            vars(layer).pop("forward", None)
+            if self._own[layer] is not None:
+                object.__setattr__(layer, "forward", self._own[layer])
+
     def _pass(self, call: Callable[[Residency], None]) -> None:
         if self._inner is not None:
             call(self._inner)
 
 
 def _plain(rows: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight = weight.to(rows.dtype)
-    return functional.linear(rows, weight, None if bias is None else bias.to(rows.dtype))
+    return functional.linear(rows, weight.to(rows), None if bias is None else bias.to(rows))
 
 
 @contextmanager
 def _unquantised(network: Network, layers: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
     before = network.residency
-    network.residency = FullPrecision(network, layers, device)
+    network.residency = plain = FullPrecision(network, layers, device)
     try:
         yield
     finally:
         network.residency = before
-        for layer in layers.values():
-            vars(layer).pop("forward", None)
+        plain.restore(layers.values())
 
 
 @torch.no_grad()
