@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from tuner.errors import ConfigError, ConfigErrors
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
-from tuner_offload.schedule import RING_GROUPS, leaf_ring_blocks, resident_at_any_time
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
@@ -139,6 +138,8 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """Refuse groups so large that the ring would hold the whole network."""
         if not self.config.enable_group_offload:
             return
+        from tuner_offload.schedule import RING_GROUPS
+
         size, resident = self.config.group_offload_blocks_per_group, self._resident
         if self._by_leaf and run.is_main and "group_offload_blocks_per_group" in run.explicit:
             run.log.warning("group_offload_blocks_per_group does nothing: leaf_level moves layer by layer")
@@ -176,6 +177,8 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """The blocks that are on the device at any time, and where the others wait."""
         if not self.config.enable_group_offload:
             return {}
+        from tuner_offload.schedule import leaf_ring_blocks, resident_at_any_time
+
         size, network = self.config.group_offload_blocks_per_group, workload.network
         if self._by_leaf:
             resident = self._resident + leaf_ring_blocks([each.inputs * each.outputs for each in network.matrices])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tuner import ConfigError, Plugin, PluginConfig, hookimpl, key
 from tuner.errors import nearest
-from tuner_tread.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +61,7 @@ class TreadConfig(PluginConfig):
         "`salience`, rather those that differ from the clip's mean; or a name that another plugin's `token_selectors` "
         "offers.",
     )
-    tread_ratio_schedule: Schedule = key(
+    tread_ratio_schedule: Literal["constant", "linear", "cosine"] = key(
         "constant",
         "How much of every `selection_ratio` counts: all of it in every step; from 0 up to all of it over "
         "`tread_warmup_steps` (`linear`); or all of it at first, along half a cosine down to 0 in the last step "
