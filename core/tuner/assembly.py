@@ -48,7 +48,7 @@ def assemble(
     """Assemble a run from a flat config.
 
     Arguments
-        raw: flat keys; its attribute ``sources`` (see ``tuner.config.flags.Settings``) says where each was set.
+        raw: flat keys; its attribute ``sources`` (see ``tuner.cli.flags.Settings``) says where each was set.
         plugins: load exactly these beside the built-in ones, instead of the config's ``plugins``.
         without: leave these out, beside the config's ``without``.
         strict: overrides the config's ``strict``.

@@ -1,11 +1,11 @@
-"""The output folder and what it says of its run: lock, manifest, and what changed since a checkpoint."""
+"""The output folder: its lock, and what every checkpoint in it says of its run."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,6 @@ from tuner.train.checkpoint import without_secrets
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.pipeline import Survey
-    from tuner.run import Run
 
 LOCK = ".tuner-lock"
 RECORDED = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
@@ -78,24 +77,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def show_resume(run: Run, path: Path, saved: Mapping[str, Any], now: Mapping[str, Any], passed: list[str]) -> None:
-    """Where the run goes on from, and what is not as it was."""
-    for line in passed:
-        run.log.warning("%s", line)
-    print(f"going on from {path}, step {run.step}")
-    if saved.get("threads") != now["threads"]:
-        run.log.warning(
-            "the checkpoint was made with %s threads and this run has %s: results may differ in the last bits",
-            saved.get("threads"),
-            now["threads"],
-        )
-    before = dict(saved.get("config") or {})
-    changed = sorted(
-        key
-        for key in {*before, *now["config"]}
-        if before.get(key) != now["config"].get(key) and key != "resume_from_checkpoint"
-    )
-    if changed:
-        run.log.warning("changed since that checkpoint: %s", ", ".join(changed))

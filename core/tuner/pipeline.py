@@ -53,7 +53,9 @@ def survey(assembly: Assembly) -> Survey:
     run = new_run(assembly)
     run.process_index, _ = processes.launched()
     run.optimizers = assembly.manager.registry("optimizers", run)
+    run.lr_curves = assembly.manager.registry("lr_curves", run)
     optimizers.check(run)
+    schedules.check(run)
     if run.config.compress_disk_cache:
         compression.zstandard()
     spec = describe(run, assembly.manager)
@@ -129,6 +131,7 @@ def run(assembly: Assembly) -> None:
         return
     with output.lock(found.run.output_dir), _ended(assembly, found.run) as ended:
         engine = Engine(found.run)
+        optimizers.rehearse(found.run, engine.device)
         model: Model = assembly.manager.hook.load_model(run=found.run)
         edits = transforms.collect(found.run, model, assembly.manager)
         cached, plan = _encode(assembly, found, model)
@@ -210,7 +213,8 @@ def _train(
         path, saved, passed = resume
         session.restore(path)
         run.step = int(str(saved["step"]))
-        output.show_resume(run, path, saved, manifest, passed)
+        facts = {"run": run, "checkpoint": path, "saved": saved, "now": manifest, "passed": passed}
+        assembly.manager.hook.on_resume(**facts)
     try:
         return train(session)
     finally:

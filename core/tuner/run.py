@@ -59,6 +59,8 @@ class Run:
     process_count: int = 1
     optimizers: Mapping[str, OptimizerChoice] = field(default_factory=dict)
     """Optimizers by name; set before the data are looked at."""
+    lr_curves: Mapping[str, Callable[[float], float]] = field(default_factory=dict)
+    """Learning-rate curves by name; set together with them."""
     data_sources: Mapping[str, Source] = field(default_factory=dict)
     """Where files may come from beside a local folder, by ``type``; set once the model is described."""
     text_cache: Callable[[str], dict[str, Tensor]] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tuner.config.flags import parse_flags, read_settings
+from tuner.cli.flags import parse_flags, read_settings
 from tuner.errors import ConfigError, TunerError
 
 LIBRARY = ["--user_prompt_library", "config/user_prompt_library.json"]

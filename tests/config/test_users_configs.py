@@ -12,7 +12,7 @@ import pytest
 
 from tuner.assembly import Assembly, assemble
 from tuner.builtin.datasets.entries import KINDS
-from tuner.config.flags import read_settings
+from tuner.cli.flags import read_settings
 from tuner.config.load import plain_data
 
 SEED = Path(__file__).parent / "seed"

@@ -9,7 +9,7 @@ import pytest
 
 import tuner
 from tuner.assembly import assemble, new_run
-from tuner.config.flags import Settings
+from tuner.cli.flags import Settings
 from tuner.errors import ConfigError, PluginError, TunerError
 from tuner.plugin import Plugin, PluginConfig, key
 from tuner.selection import Catalog

@@ -37,6 +37,15 @@ class Scribe(Plugin[PluginConfig]):
         return {}
 
     @hookimpl
+    def lr_curves(self, run):
+        self.note("lr_curves", run, described=run.spec is not None)
+        return {}
+
+    @hookimpl
+    def on_resume(self, run, checkpoint, saved, now, passed):
+        self.note("on_resume", run, checkpoint=checkpoint.name, saved=saved["step"], passed=passed)
+
+    @hookimpl
     def token_selectors(self, run):
         self.note("token_selectors", run, described=run.spec is not None)
         return {}
@@ -192,8 +201,15 @@ def facts(calls: list[tuple[str, Any, dict[str, Any]]], hook: str) -> list[dict[
 
 def test_the_scribe_knows_every_hook_but_the_familys(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     called = {name for name, _, _ in calls}
-    on_demand = {"quantizers", "attention_backends", "estimate", "memory_advice"}  # only where someone asks
-    assert set(hook_names()) - called == REQUIRED - {"compute_loss"} | on_demand
+    on_demand = {
+        "quantizers",
+        "attention_backends",
+        "estimate",
+        "memory_advice",
+        "on_resume",
+    }  # only where someone asks
+    built_in = {"gradient_release"}  # takes one answer, which a built-in plugin gives
+    assert set(hook_names()) - called == REQUIRED - {"compute_loss"} | on_demand | built_in
 
 
 def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
@@ -202,6 +218,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     assert before[: start + 1] == [
         "configure",
         "optimizers",
+        "lr_curves",
         "token_selectors",
         "data_sources",
         "check_model",
@@ -250,4 +267,5 @@ def test_state_comes_back_before_training_goes_on(folder: Path, calls: list[tupl
     names = [name for name, _, _ in resumed]
     assert names.index("load_state_dict") < names.index("on_train_start")
     assert facts(resumed, "load_state_dict")[0]["calls"] < len(calls)
+    assert facts(resumed, "on_resume") == [{"checkpoint": "checkpoint-4", "saved": 4, "passed": []}]
     assert [at for name, at, _ in resumed if name == "on_step_end"] == [5]

@@ -72,6 +72,11 @@ class TestFull(PluginContract):
     plugin = "full"
 
 
+class TestGradientRelease(PluginContract):
+    plugin = "gradient_release"
+    legacy_keys = frozenset({"gradient_release"})
+
+
 class TestLora(PluginContract):
     plugin = "lora"
 

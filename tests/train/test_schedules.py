@@ -11,9 +11,11 @@ from torch import nn
 from transformers import get_cosine_with_hard_restarts_schedule_with_warmup, get_scheduler
 
 from tuner.builtin.epochs.plan import Plan
+from tuner.builtin.optimizers import OptimizersConfig, OptimizersPlugin
 from tuner.config.keys import CoreConfig
 from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.errors import ConfigError
+from tuner.run import Run
 from tuner.train import schedules
 
 
@@ -29,10 +31,17 @@ def plan_of_ten_steps() -> Plan:
     return Plan(samples, seed=0, batch_size=1)
 
 
+def run_with(**keys: object) -> Run:
+    own = {name: keys.pop(name) for name in ("lr_num_cycles", "lr_power") if name in keys}
+    run = Run(CoreConfig(**keys), {})
+    run.lr_curves = OptimizersPlugin("optimizers", OptimizersConfig(**own)).lr_curves(run)
+    return run
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "constant_with_warmup", "linear", "cosine"])
 def test_curves_equal_transformers(scheduler):
     total, warmup = 50, 0 if scheduler == "constant" else 7
-    core = CoreConfig(learning_rate=3e-4, lr_scheduler=scheduler, lr_warmup_steps=warmup)
+    core = run_with(learning_rate=3e-4, lr_scheduler=scheduler, lr_warmup_steps=warmup)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=3e-4)
     reference = get_scheduler(scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     for at in range(total):
@@ -55,7 +64,7 @@ CURVES = {
 
 @pytest.mark.parametrize("scheduler", CURVES)
 def test_curves_are_their_formulas_between_base_rate_and_end(scheduler):
-    core = CoreConfig(
+    core = run_with(
         learning_rate=2e-4, lr_end=5e-5, lr_scheduler=scheduler, lr_warmup_steps=10, lr_num_cycles=3, lr_power=2.5
     )
     for step in range(10):
@@ -66,7 +75,7 @@ def test_curves_are_their_formulas_between_base_rate_and_end(scheduler):
 
 
 def test_restarts_are_those_of_transformers():
-    core = CoreConfig(learning_rate=1.0, lr_scheduler="cosine_with_restarts", lr_warmup_steps=5, lr_num_cycles=4)
+    core = run_with(learning_rate=1.0, lr_scheduler="cosine_with_restarts", lr_warmup_steps=5, lr_num_cycles=4)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
     reference = get_cosine_with_hard_restarts_schedule_with_warmup(optimizer, 5, 45, num_cycles=4)
     for at in range(45):
@@ -76,8 +85,8 @@ def test_restarts_are_those_of_transformers():
 
 
 def test_a_warm_up_as_long_as_the_run_is_no_warm_up():
-    core = CoreConfig(learning_rate=1.0, lr_scheduler="cosine", lr_warmup_steps=400_000)
-    assert schedules.warmup_steps(core, 400_000) == 0
+    core = run_with(learning_rate=1.0, lr_scheduler="cosine", lr_warmup_steps=400_000)
+    assert schedules.warmup_steps(core.config, 400_000) == 0
     assert schedules.learning_rate(core, 0, 400_000) == 1.0
     assert schedules.learning_rate(core, 200_000, 400_000) == pytest.approx(0.5)
 
@@ -99,3 +108,8 @@ def test_length_of_the_run(keys, steps):
 def test_a_run_without_length_is_refused():
     with pytest.raises(ConfigError, match="max_train_steps"):
         schedules.total_steps(CoreConfig(), plan_of_ten_steps())
+
+
+def test_an_unknown_curve_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        schedules.check(run_with(lr_scheduler="cosin"))

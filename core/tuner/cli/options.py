@@ -43,8 +43,8 @@ def assembly(
     import os
 
     from tuner.assembly import assemble
+    from tuner.cli.flags import read_settings
     from tuner.cli.logs import show_log
-    from tuner.config.flags import read_settings
     from tuner.selection import Catalog
 
     show_log()

@@ -66,7 +66,7 @@ def _reasons(catalog: Catalog, path: Path | None, listed: list[str] | None, with
     import os
 
     from tuner.assembly import selection_of
-    from tuner.config.flags import read_settings
+    from tuner.cli.flags import read_settings
     from tuner.config.load import DEFAULT_PATH
     from tuner.errors import TunerError
 

@@ -23,11 +23,7 @@ class TrainKeys(PluginConfig):
     optimizer: str = key("adamw", "Optimizer, such as `adamw`, `optimi-lion`, `bnb-adamw8bit`: see the docs.")
     optimizer_config: dict[str, Any] = key({}, 'Options passed to the optimizer, such as `{"weight_decay": 0.01}`.')
     learning_rate: float = key(1e-4, "Base learning rate.", gt=0)
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = key("constant_with_warmup", "Learning-rate curve over the run.")
-    lr_num_cycles: int = key(1, "Times that `cosine_with_restarts` falls, or that `sine` falls and rises.", ge=1)
-    lr_power: float = key(1.0, "Exponent of `polynomial`; 1 is `linear`.", gt=0)
+    lr_scheduler: str = key("constant_with_warmup", "Learning-rate curve over the run, such as `cosine`: see the docs.")
     lr_warmup_steps: int = key(0, "Steps of linear warm-up from 0. As long as the run: no warm-up.", ge=0)
     lr_end: float = key(0.0, "Learning rate that the curve falls to.", ge=0)
     max_grad_norm: float = key(1.0, "Clip gradients to this; 0 does not clip.", ge=0)

@@ -4,7 +4,7 @@
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs.markers import hookspec
@@ -55,6 +55,23 @@ class SurveyHooks:
             def optimizers(self, run):
                 from tuner.train.optimizers import OptimizerChoice
                 return {"mine": OptimizerChoice("my_optimizers", "Mine", "my-optimizers", {"weight_decay": 0.01})}
+        """
+
+    @hookspec
+    def lr_curves(self, run: Run) -> Mapping[str, Callable[[float], float]]:
+        """Offer learning-rate curves.
+
+        Called: all, once, after ``optimizers``; also by ``tuner check``.
+        Arguments: ``run``, without device and model spec.
+        Returns: value of the key ``lr_scheduler`` -> a function from the share of the steps after the warm-up that are
+        over, 0 to 1, to a height: 1 is ``learning_rate``, 0 is ``lr_end``. A name offered twice is an error. The
+        merged mapping is ``run.lr_curves``.
+
+        Example::
+
+            @hookimpl
+            def lr_curves(self, run):
+                return {"stairs": lambda share: 1 - int(4 * share) / 4}
         """
 
     @hookspec(firstresult=True)

@@ -11,14 +11,53 @@ from typing import TYPE_CHECKING, Any
 from tuner.hookspecs.markers import hookspec
 
 if TYPE_CHECKING:
+    import torch
+
     from tuner.blocks import RouteRequest, TokenRoute
-    from tuner.model import Batch, Loss, Model
+    from tuner.model import Batch, Loss, Model, Network
     from tuner.run import Run
+    from tuner.train.optimizers import GradientRelease
     from tuner.validate.results import Validation
 
 
 class TrainingHooks:
     """Training, validation, saving."""
+
+    @hookspec(firstresult=True)
+    def gradient_release(self, run: Run, network: Network, optimizer: torch.optim.Optimizer) -> GradientRelease | None:
+        """Step each parameter as soon as its gradient is there, and free the gradient.
+
+        Called: at most one answers, once for each trained network, when its optimizer was made. It may give
+        parameters groups of their own in ``optimizer.param_groups``, in the same order.
+        Arguments: ``run``; ``network``; ``optimizer``.
+        Returns: a GradientRelease (``tuner.train.optimizers``), and the core then neither clips nor steps; or None.
+
+        Example::
+
+            @hookimpl
+            def gradient_release(self, run, network, optimizer):
+                return Release(optimizer) if self.config.gradient_release else None
+        """
+
+    @hookspec
+    def on_resume(
+        self, run: Run, checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], passed: Sequence[str]
+    ) -> None:
+        """A checkpoint was taken back.
+
+        Called: all, once, before ``on_train_start``, in a run that goes on from a checkpoint.
+        Arguments: ``run``, at the checkpoint's step; ``checkpoint``, its folder; ``saved``, its manifest; ``now``, the
+        manifest of this run (versions, plugins, config without secrets); ``passed``: a line for each newer checkpoint
+        that was damaged.
+        Returns: nothing.
+
+        Example::
+
+            @hookimpl
+            def on_resume(self, run, checkpoint, saved, now, passed):
+                if saved["samples"] != now["samples"]:
+                    run.log.warning("the data are not those of %s", checkpoint)
+        """
 
     @hookspec
     def on_train_start(self, run: Run, model: Model) -> None:

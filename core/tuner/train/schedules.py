@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from tuner.errors import ConfigError
+from tuner.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
     from tuner.data.order import Order
+    from tuner.run import Run
 
 
 def warmup_steps(core: CoreConfig, total: int) -> int:
@@ -19,33 +19,24 @@ def warmup_steps(core: CoreConfig, total: int) -> int:
     return core.lr_warmup_steps
 
 
-def learning_rate(core: CoreConfig, step: int, total: int) -> float:
+def check(run: Run) -> None:
+    """Raise ConfigError for a learning-rate curve that no plugin offers."""
+    name = run.config.lr_scheduler
+    if name not in run.lr_curves:
+        known = sorted(run.lr_curves)
+        raise ConfigError(f"lr_scheduler is {name!r}, which is not known", allowed=known, nearest=nearest(name, known))
+
+
+def learning_rate(run: Run, step: int, total: int) -> float:
     """The base learning rate of optimizer step ``step`` (from 0) of ``total``.
 
     Linear warm-up from 0 over ``warmup_steps``; then a curve from the base rate (1) to ``lr_end`` (0) over the rest.
     """
-    warmup = warmup_steps(core, total)
+    core, warmup = run.config, warmup_steps(run.config, total)
     if step < warmup:
         return core.learning_rate * step / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))
-    return core.lr_end + (core.learning_rate - core.lr_end) * _curve(core, share)
-
-
-def _curve(core: CoreConfig, share: float) -> float:
-    """Height in [0, 1] of the curve when ``share`` of it is over."""
-    match core.lr_scheduler:
-        case "linear":
-            return 1 - share
-        case "cosine":
-            return (1 + math.cos(math.pi * share)) / 2
-        case "cosine_with_restarts":
-            return 0.0 if share == 1 else (1 + math.cos(math.pi * (share * core.lr_num_cycles % 1))) / 2
-        case "sine":
-            return (1 + math.cos(2 * math.pi * share * core.lr_num_cycles)) / 2
-        case "polynomial":
-            return float((1 - share) ** core.lr_power)
-        case _:
-            return 1.0
+    return core.lr_end + (core.learning_rate - core.lr_end) * run.lr_curves[core.lr_scheduler](share)
 
 
 def total_steps(core: CoreConfig, plan: Order) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tuner.data.order import Order
     from tuner.manager import Manager
     from tuner.run import Run
+    from tuner.train.optimizers import GradientRelease
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Session:
     attention: Attention = field(default_factory=Attention)
     """The kernels of training and of validation."""
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    releases: dict[str, GradientRelease] = field(default_factory=dict)
+    """Of the networks that are stepped during backward."""
     unchecked: set[str] = field(default_factory=set)
     """Networks whose gradients were not looked at yet."""
     stepping: bool = False
@@ -55,7 +58,11 @@ class Session:
         self.unchecked.update(names)
         for name, network in self.model.networks.items():
             if network.adapter is not None:
-                self.optimizers[name] = optimizers.make(self.run, network.adapter.groups, self.engine.device)
+                made = optimizers.make(self.run, network.adapter.groups, self.engine.device)
+                self.optimizers[name] = made
+                released = self.manager.hook.gradient_release(run=self.run, network=network, optimizer=made)
+                if released is not None:
+                    self.releases[name] = released
             if self.attention.training is not None:
                 set_backend(network, self.attention.training)
 
@@ -76,7 +83,7 @@ class Session:
     def learning_rate(self, network: str) -> float:
         """The base learning rate of this step, by the network's own count of steps."""
         done, total = (self.turns.steps_of(network, step) for step in (self.run.step, self.total))
-        return schedules.learning_rate(self.run.config, done, total)
+        return schedules.learning_rate(self.run, done, total)
 
     def context(self, batch: Batch) -> StepContext:
         """What a training forward of ``batch`` is run with."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import cos, pi
 from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs import hookimpl
-from tuner.plugin import Plugin, PluginConfig
+from tuner.plugin import Plugin, PluginConfig, key
 from tuner.train.optimizers import OptimizerChoice
 
 if TYPE_CHECKING:
@@ -30,36 +31,73 @@ TORCH = {
     "sgd": 0,
 }
 """Classes of ``torch.optim`` by lower-case name, and bytes of state per float32 parameter."""
-TORCH_NAMES = {"rmsprop": "RMSprop", "sgd": "SGD", "asgd": "ASGD"}
-OPTIMI = {"adamw": 8, "adan": 16, "lion": 4, "radam": 8, "ranger": 12, "sgd": 0, "stableadamw": 8}
+TORCH_NAMES = {
+    "adamw": "AdamW",
+    "asgd": "ASGD",
+    "nadam": "NAdam",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "sgd": "SGD",
+}
+OPTIMI = {"adam": 8, "adamw": 8, "adan": 16, "lion": 4, "radam": 8, "ranger": 12, "sgd": 0, "stableadamw": 8}
 OPTIMI_NAMES = {"adamw": "AdamW", "radam": "RAdam", "sgd": "SGD", "stableadamw": "StableAdamW"}
-DECAY = {"adamw": 0.01, "adan": 0.02, "stableadamw": 0.01}
-"""Weight decay where the library's own default is another than users expect."""
+OPTIMI_OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw": {"weight_decay": 0.01},
+    "adan": {"weight_decay": 0.02, "kahan_sum": None},
+    "stableadamw": {"weight_decay": 0.01},
+}
+"""Where the library's own default is another than users expect; without a value Kahan summation follows the weights."""
 BITSANDBYTES = {
     "adagrad": "Adagrad",
     "adam": "Adam",
     "adamw": "AdamW",
     "ademamix": "AdEMAMix",
-    "lamb": "LAMB",
     "lion": "Lion",
     "rmsprop": "RMSprop",
 }
 PAGED = {"adam", "adamw", "ademamix", "lion"}
-STATES = {"adam": 2, "adamw": 2, "ademamix": 3, "lamb": 2}
+STATES = {"adam": 2, "adamw": 2, "ademamix": 3}
 """Moments that they keep; one where they are not named."""
 EIGHT_BITS = 1.02
 """Bytes of a moment in 8 bits, its scales included."""
 LEARNS_ITS_RATE = frozenset({"prodigy"})
 BETAS = (0.9, 0.999)
+FLOAT32_STATE = frozenset({"bitsandbytes", "torchao"})
+"""Libraries whose optimizers keep float32 or quantised state; that of others is of the weights' type."""
+KAHAN_BYTES = 2
+"""Of the running error that optimi keeps beside each bfloat16 weight."""
 
 
-class OptimizersPlugin(Plugin[PluginConfig]):
-    """Optimizers of torch, optimi, bitsandbytes, torchao, schedulefree and prodigyopt."""
+class OptimizersConfig(PluginConfig):
+    """Keys of learning-rate curves."""
+
+    lr_num_cycles: int = key(1, "Times that `cosine_with_restarts` falls, or that `sine` falls and rises.", ge=1)
+    lr_power: float = key(1.0, "Exponent of `polynomial`; 1 is `linear`.", gt=0)
+
+
+class OptimizersPlugin(Plugin[OptimizersConfig]):
+    """Optimizers of torch, optimi, bitsandbytes, torchao, schedulefree and prodigyopt, and learning-rate curves."""
+
+    Config = OptimizersConfig
 
     @hookimpl
     def optimizers(self, run: Run) -> Mapping[str, OptimizerChoice]:
         """All of them by name."""
         return dict(_all())
+
+    @hookimpl
+    def lr_curves(self, run: Run) -> Mapping[str, Callable[[float], float]]:
+        """Heights over the share of the steps that is over; see the docs for the formulas."""
+        cycles, power = self.config.lr_num_cycles, self.config.lr_power
+        return {
+            "constant": lambda share: 1.0,
+            "constant_with_warmup": lambda share: 1.0,
+            "linear": lambda share: 1 - share,
+            "cosine": lambda share: (1 + cos(pi * share)) / 2,
+            "cosine_with_restarts": lambda share: 0.0 if share == 1 else (1 + cos(pi * (share * cycles % 1))) / 2,
+            "sine": lambda share: (1 + cos(2 * pi * share * cycles)) / 2,
+            "polynomial": lambda share: float((1 - share) ** power),
+        }
 
     @hookimpl
     def configure(self, run: Run) -> None:
@@ -75,37 +113,59 @@ class OptimizersPlugin(Plugin[PluginConfig]):
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
         """Bytes of state per trained parameter."""
-        chosen = dict(_all()).get(run.config.optimizer)
-        return {} if chosen is None else {"optimizer_bytes": chosen.state_bytes}
+        name = run.config.optimizer
+        chosen = dict(_all()).get(name) or dict(_all()).get(name.lower())
+        if chosen is None:
+            return {}
+        in_bfloat16 = workload.trained == "network" and workload.weight_bytes == 2
+        return {"optimizer_bytes": bfloat16_bytes(chosen) if in_bfloat16 else chosen.state_bytes}
+
+
+def bfloat16_bytes(choice: OptimizerChoice) -> float:
+    """Bytes of state per trained bfloat16 parameter."""
+    if choice.library in FLOAT32_STATE:
+        return choice.state_bytes
+    return choice.state_bytes / 2 + (KAHAN_BYTES if choice.module == "optimi" else 0)
 
 
 def _all() -> Iterator[tuple[str, OptimizerChoice]]:
-    for name, size in TORCH.items():
-        cls = TORCH_NAMES.get(name, {"adamw": "AdamW", "nadam": "NAdam", "radam": "RAdam"}.get(name, name.capitalize()))
-        yield f"torch-{name}", OptimizerChoice("torch.optim", cls, "torch", {}, size)
-    yield "adamw", OptimizerChoice("torch.optim", "AdamW", "torch", {"betas": BETAS, "weight_decay": 0.01}, 8)
-    for alias in ("adafactor", "muon", "sgd"):
-        yield (
-            alias,
-            OptimizerChoice("torch.optim", TORCH_NAMES.get(alias, alias.capitalize()), "torch", {}, TORCH[alias]),
-        )
+    yield from _torch()
     for name, size in OPTIMI.items():
-        decay = {"weight_decay": DECAY[name]} if name in DECAY else {}
-        cls = OPTIMI_NAMES.get(name, name.capitalize())
-        yield f"optimi-{name}", OptimizerChoice("optimi", cls, "torch-optimi", decay, size)
+        cls, options = OPTIMI_NAMES.get(name, name.capitalize()), OPTIMI_OPTIONS.get(name, {})
+        yield f"optimi-{name}", OptimizerChoice("optimi", cls, "torch-optimi", options, size)
     # Kahan summation: bfloat16 weights learn from updates that are smaller than their last bit.
     kahan = {"betas": BETAS, "weight_decay": 0.01, "kahan_sum": True}
     yield "adamw_bf16", OptimizerChoice("optimi", "AdamW", "torch-optimi", kahan, 8)
     yield from _bitsandbytes()
-    for name, cls, size in (
-        ("adamw8bit", "AdamW8bit", 2.05),
-        ("adamw4bit", "AdamW4bit", 1.1),
-        ("adamwfp8", "AdamWFp8", 2.05),
-    ):
-        yield f"ao-{name}", OptimizerChoice("torchao.optim", cls, "difftuner[torchao]", {"weight_decay": 0.01}, size)
+    yield from _torchao()
     yield "adamw_schedulefree", OptimizerChoice("schedulefree", "AdamWScheduleFree", "difftuner[schedulefree]", {}, 8)
     yield "sgd_schedulefree", OptimizerChoice("schedulefree", "SGDScheduleFree", "difftuner[schedulefree]", {}, 4)
-    yield "prodigy", OptimizerChoice("prodigyopt", "Prodigy", "difftuner[prodigy]", {}, 16)
+    prodigy = OptimizerChoice("prodigyopt", "Prodigy", "difftuner[prodigy]", {}, 16, needs_all_gradients=True)
+    yield "prodigy", prodigy
+
+
+def _torch() -> Iterator[tuple[str, OptimizerChoice]]:
+    """``adamw``, ``torch-adamw`` and their like."""
+    choices = {
+        name: OptimizerChoice("torch.optim", TORCH_NAMES.get(name, name.capitalize()), "torch", {}, size)
+        for name, size in TORCH.items()
+    }
+    yield from ((f"torch-{name}", choice) for name, choice in choices.items())
+    yield from ((name, choices[name]) for name in ("adafactor", "sgd"))
+    yield "adamw", OptimizerChoice("torch.optim", "AdamW", "torch", {"betas": BETAS, "weight_decay": 0.01}, 8)
+    yield "muon", OptimizerChoice(f"{__name__}.muon", "MuonWithAdamW", "torch", {}, 4)
+
+
+def _torchao() -> Iterator[tuple[str, OptimizerChoice]]:
+    """``ao-adamw8bit`` and its like."""
+    for bits, size in (("8bit", 2.05), ("4bit", 1.1), ("fp8", 2.05)):
+        module = f"{__name__}.fp8" if bits == "fp8" else "torchao.optim"
+        for name, cls, options in (("adam", "Adam", {}), ("adamw", "AdamW", {"weight_decay": 0.01})):
+            full = f"{cls}{'Fp8' if bits == 'fp8' else bits}"
+            yield (
+                f"ao-{name}{bits}",
+                OptimizerChoice(module, full, "difftuner[torchao]", options, size, library="torchao"),
+            )
 
 
 def _bitsandbytes() -> Iterator[tuple[str, OptimizerChoice]]:
@@ -115,6 +175,7 @@ def _bitsandbytes() -> Iterator[tuple[str, OptimizerChoice]]:
         for bits in ("", "8bit"):
             for paged in ("", "-paged") if name in PAGED else ("",):
                 size = STATES.get(name, 1) * (EIGHT_BITS if bits else 4)
+                module = f"{__name__}.paged" if paged else "bitsandbytes.optim"
                 full = f"{'Paged' if paged else ''}{cls}{bits}"
-                choice = OptimizerChoice("bitsandbytes.optim", full, "difftuner[bitsandbytes]", decay, size)
+                choice = OptimizerChoice(module, full, "difftuner[bitsandbytes]", decay, size, library="bitsandbytes")
                 yield f"bnb-{name}{bits}{paged}", choice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,27 @@ class StatusPlugin(Plugin[PluginConfig]):
         """The model, and the length of the run."""
         if run.is_main:
             print("\n".join(_summary(run, spec, plan)))
+
+    @hookimpl
+    def on_resume(
+        self, run: Run, checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], passed: Sequence[str]
+    ) -> None:
+        """Where the run goes on from, and what is not as it was."""
+        for line in passed:
+            run.log.warning("%s", line)
+        if run.is_main:
+            print(f"going on from {checkpoint}, step {run.step}")
+        if saved.get("threads") != now["threads"]:
+            run.log.warning(
+                "the checkpoint was made with %s threads and this run has %s: results may differ in the last bits",
+                saved.get("threads"),
+                now["threads"],
+            )
+        before, after = dict(saved.get("config") or {}), now["config"]
+        names = {*before, *after} - {"resume_from_checkpoint"}
+        changed = sorted(name for name in names if before.get(name) != after.get(name))
+        if changed:
+            run.log.warning("changed since that checkpoint: %s", ", ".join(changed))
 
     @hookimpl
     def on_train_start(self, run: Run, model: Model) -> None:
