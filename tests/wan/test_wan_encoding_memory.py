@@ -18,12 +18,15 @@ from transformers import UMT5EncoderModel
 
 from tuner import pipeline
 from tuner.assembly import assemble
+from tuner.config.keys import CoreConfig
 from tuner.data.fingerprint import fingerprint
 from tuner.errors import PluginError
 from tuner.model import EncodeBatch, Model, Sink
 from tuner.run import Run
 from tuner.testing.clips import render_clip
 from tuner.testing.live_bytes import LiveBytes
+from tuner.testing.toy import build_toy
+from tuner.testing.toy.model import load as load_toy
 from tuner_quantization import QuantoPlugin
 from tuner_wan import WanPlugin
 from tuner_wan.encode import TextEncoder, encode_clip
@@ -229,3 +232,13 @@ def test_a_quantised_text_encoder_is_gone_after_its_phase(
     del encoder
     gc.collect()
     assert layer() is None
+
+
+def test_a_family_that_does_not_quantise_its_text_encoder_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = build_toy(tmp_path / "toy")
+    run = Run(CoreConfig(pretrained_model_name_or_path=str(base), text_encoder_1_precision="int8-quanto"), {})
+    run.place(torch.device("cpu"), torch.float32)
+    load_toy(run)
+    assert any("text_encoder_1_precision has no effect" in line for line in caplog.messages)

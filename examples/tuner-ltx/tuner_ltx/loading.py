@@ -101,6 +101,8 @@ def read_weights(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
 
 def _components(folder: Path, run: Run) -> dict[str, Component]:
     """Text encoder and VAE, neither of them loaded."""
+    if run.config.text_encoder_1_precision != "no_change":
+        run.log.warning("text_encoder_1_precision has no effect: T5 of LTX-Video is loaded as its files have it")
     text_dtype = torch.float32 if run.device.type == "cpu" or run.dtype == torch.float32 else torch.bfloat16
     tiled, sliced = run.config.vae_enable_tiling, run.config.vae_enable_slicing
     return {

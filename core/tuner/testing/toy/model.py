@@ -28,6 +28,8 @@ def load(run: Run) -> ToyModel:
     for name in ("vae_enable_tiling", "vae_enable_slicing"):
         if getattr(run.config, name):
             run.log.warning("%s has no effect: the toy VAE encodes whole clips, all of a batch at once", name)
+    if run.config.text_encoder_1_precision != "no_change":
+        run.log.warning("text_encoder_1_precision has no effect: the toy text encoder has no blocks to quantise")
     folder, spec = model_folder(run.config), run.spec or describe(run.config)
     dimensions = read_dimensions(folder)
     with init_empty_weights(include_buffers=False):
