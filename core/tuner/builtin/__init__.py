@@ -7,6 +7,7 @@ BUILTINS = {
     "epochs": "tuner.builtin.epochs:EpochsPlugin",
     "exact_attention": "tuner.builtin.exact_attention:ExactAttentionPlugin",
     "full": "tuner.builtin.full:FullPlugin",
+    "gradient_release": "tuner.builtin.gradient_release:GradientReleasePlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",
     "optimizers": "tuner.builtin.optimizers:OptimizersPlugin",

@@ -17,7 +17,7 @@ __all__ = ["PROJECT", "REQUIRED", "SINGLE", "HookSpecs", "hook_names", "hookimpl
 
 REQUIRED = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss"})
 """Hooks with exactly one answer: a model family's, and those of the built-in ``datasets`` and ``epochs``."""
-SINGLE = REQUIRED | {"route_tokens"}
+SINGLE = REQUIRED | {"gradient_release", "route_tokens"}
 """Hooks with at most one answer."""
 
 

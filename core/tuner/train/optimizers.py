@@ -6,17 +6,18 @@ Importing this file costs nothing; torch and the libraries are imported when an 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tuner.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from tuner.model import ParameterGroup
     from tuner.run import Run
@@ -37,16 +38,31 @@ class OptimizerChoice:
     defaults: dict[str, Any] = field(default_factory=dict)
     state_bytes: float = 8.0
     """Bytes of state per trained float32 parameter."""
+    library: str = ""
+    """What ``module`` imports that may not be installed; ``module`` itself where empty."""
+    needs_all_gradients: bool = False
+    """Whether a step of one tensor depends on the others' gradients."""
+
+
+class GradientRelease(Protocol):
+    """Steps each parameter as soon as backward has its gradient (see the hook ``gradient_release``)."""
+
+    @property
+    def reached(self) -> Set[Tensor]:
+        """Parameters stepped since :meth:`finish` was called."""
+
+    def finish(self) -> Tensor:
+        """The global L2 norm of the gradients since the last call, on their device; what was reached is forgotten."""
 
 
 def check(run: Run) -> OptimizerChoice:
     """The configured optimizer. Raises ConfigError where it is unknown or not installed; imports nothing."""
     name = run.config.optimizer
-    choice = run.optimizers.get(name)
+    choice = run.optimizers.get(name) or run.optimizers.get(name.lower())
     if choice is None:
         known = sorted(run.optimizers)
         raise ConfigError(f"optimizer is {name!r}, which is not known", allowed=known, nearest=nearest(name, known))
-    if find_spec(choice.module.partition(".")[0]) is None:
+    if find_spec((choice.library or choice.module).partition(".")[0]) is None:
         raise ConfigError(
             f"optimizer {name!r} needs the package {choice.package!r}, which is not installed",
             remedy=f"pip install {choice.package}",
@@ -57,10 +73,14 @@ def check(run: Run) -> OptimizerChoice:
 def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> torch.optim.Optimizer:
     """The configured optimizer over ``groups``; each group keeps its name and its share of the learning rate.
 
-    Raises ConfigError when ``optimizer_config`` holds an option the optimizer does not take.
+    Raises ConfigError when ``optimizer_config`` holds an option or a value the optimizer does not take, or its library
+    cannot be imported.
     """
     core, choice = run.config, check(run)
-    cls = getattr(import_module(choice.module), choice.cls)
+    try:
+        cls = getattr(import_module(choice.module), choice.cls)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"optimizer {core.optimizer!r} cannot be had of {choice.package!r}: {error}") from error
     accepted = inspect.signature(cls).parameters
     for option in core.optimizer_config:
         if option not in accepted or option in {"params", "lr"}:
@@ -72,25 +92,44 @@ def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> to
     options = {**choice.defaults, **core.optimizer_config}
     if "fused" in accepted and device.type == "cuda":
         options.setdefault("fused", True)
-    optimizer: torch.optim.Optimizer = cls(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "lr": core.learning_rate * group.rate_scale,
-                "name": group.name,
-                "rate_scale": group.rate_scale,
-                **({} if group.weight_decay or "weight_decay" not in accepted else {"weight_decay": 0.0}),
-            }
-            for group in groups
-        ],
-        lr=core.learning_rate,
-        **options,
-    )
+    sorted_out = [
+        {
+            "params": list(group.parameters.values()),
+            "lr": core.learning_rate * group.rate_scale,
+            "name": group.name,
+            "rate_scale": group.rate_scale,
+            **({} if group.weight_decay or "weight_decay" not in accepted else {"weight_decay": 0.0}),
+        }
+        for group in groups
+    ]
+    try:
+        optimizer: torch.optim.Optimizer = cls(sorted_out, lr=core.learning_rate, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer {core.optimizer!r} does not take this: {error}", where=options) from error
     if hasattr(optimizer, "train"):
         optimizer.train()
     for values in optimizer.param_groups:
         values[INITIAL] = {name: value for name, value in values.items() if name != "params"}
     return optimizer
+
+
+def rehearse(run: Run, device: torch.device) -> None:
+    """Make the optimizer over one matrix: what :func:`make` refuses is refused before any weight is read."""
+    import torch
+
+    from tuner.model import ParameterGroup
+
+    make(run, [ParameterGroup("one", {"weight": torch.nn.Parameter(torch.zeros(2, 2, device=device))})], device)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the learning rate ``rate``; some libraries keep it in a tensor."""
+    for group in optimizer.param_groups:
+        share = rate * group["rate_scale"]
+        if hasattr(group["lr"], "fill_"):
+            group["lr"].fill_(share)
+        else:
+            group["lr"] = share
 
 
 def evolved(group: Mapping[str, Any]) -> dict[str, Any]:

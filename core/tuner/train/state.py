@@ -86,6 +86,9 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
         nest, _, inner = leaf.partition(NESTED)
         (values.setdefault(nest, {}) if inner else values)[inner or leaf] = value
     current = optimizer.state_dict()
+    if groups and max(groups) + 1 != len(current["param_groups"]):
+        log.warning("the checkpoint's optimizer has other groups of tensors than this run's, which starts afresh")
+        return
     count = sum(len(group["params"]) for group in current["param_groups"])
     if state and max(state) >= count:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from tuner import flow, rng
 from tuner.data.loader import LoadedBatch
 from tuner.errors import TrainingError
 from tuner.model import Batch, Loss
-from tuner.train import guards
+from tuner.train import guards, optimizers
 from tuner.train.session import Session
 
 
@@ -35,12 +35,15 @@ def train_step(session: Session) -> StepResult:
 
     There is one host read, after all backwards are queued: the loss and the gradient norm together. A
     non-finite value never reaches the optimizer. Raises TrainingError for it unless ``nonfinite`` is ``skip``.
+
+    With gradient release the weights are stepped during backward: a non-finite loss is read before it, and a
+    non-finite gradient of a finite loss always ends the run.
     """
     run, network = session.run, session.take_turn()
     optimizer = session.optimizers[network.name]
+    release = session.releases.get(network.name)
     rate = session.learning_rate(network.name)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
+    optimizers.set_rate(optimizer, rate)
 
     micro_batches = session.plan.micro_batches(run.step)
     samples = sum(len(each.samples) for each in micro_batches)
@@ -54,23 +57,27 @@ def train_step(session: Session) -> StepResult:
         metrics.update(loss.metrics)
         # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
         scaled = loss.per_sample.sum() / samples
-        scaled.backward()  # type: ignore[no-untyped-call]
+        session.stepping = release is not None
+        if release is None or math.isfinite(scaled.item()):
+            scaled.backward()  # type: ignore[no-untyped-call]
         total += scaled.detach()
         seen += batch.sample_ids
-    if network.name in session.unchecked:
-        guards.check_gradient_coverage(network)
+    reached = frozenset() if release is None else frozenset(release.reached)
+    if network.name in session.unchecked and (release is None or reached):
+        guards.check_gradient_coverage(network, reached)
 
-    norm = clip_gradients(session)
+    norm = clip_gradients(session) if release is None else release.finish()
     value, norm_value = torch.stack([total, norm.to(total)]).tolist()
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.unchecked.discard(network.name)
+    if finite and release is None:
         session.stepping = True
         optimizer.step()
-        session.stepping = False
+    session.stepping = False
     optimizer.zero_grad(set_to_none=True)
     if not finite:
-        _nonfinite(session, value, norm_value, seen)
+        _nonfinite(session, value, norm_value, seen, spoilt=bool(reached))
     return StepResult(value, norm_value, rate, samples, not finite, metrics)
 
 
@@ -137,11 +144,11 @@ def clip_gradients(session: Session) -> Tensor:
     return norm
 
 
-def _nonfinite(session: Session, loss: float, norm: float, samples: list[str]) -> None:
+def _nonfinite(session: Session, loss: float, norm: float, samples: list[str], *, spoilt: bool) -> None:
     message = (
         f"step {session.run.step + 1}: the loss is {loss} and the gradient norm {norm}; samples: {', '.join(samples)}"
     )
-    if session.run.config.nonfinite == "skip":
+    if session.run.config.nonfinite == "skip" and not spoilt:
         session.run.log.warning("%s; the step was skipped", message)
         return
     raise TrainingError(
