@@ -28,6 +28,7 @@ from tuner_wan.loading import parameter_dtype
 from tuner_wan.stack import WanStack
 
 BLOCKS, DIM, HEADS, TOKENS = 4, 24, 2, 36
+STREAMED = {"enable_group_offload": True, "group_offload_blocks_per_group": 1}
 KINDS = ("t2v", "ti2v", "i2v")
 POLICIES: dict[str, Callable[[], Checkpointing]] = {
     "full": Checkpointing,
@@ -191,6 +192,18 @@ def test_the_keys_choose_the_policy_of_a_run(settings: dict[str, Any]) -> None:
         policy = session.model.network.checkpointing
     assert isinstance(policy, Offload)
     assert policy.copied_out == len(policy.pool.free) == 2, "blocks 0 and 3 of four"
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "offload"])
+def test_a_streamed_base_learns_the_same(settings: dict[str, Any], checkpointing: str) -> None:
+    """Which weights are copied when differs between a forward and its recomputation."""
+    found = []
+    for keys in ({"gradient_checkpointing": True}, {"gradient_checkpointing": checkpointing, **STREAMED}):
+        with opened(settings | keys) as session:
+            found.append([train_step(session).loss for _ in range(2)])
+            found.append(session.model.network.adapter.state())  # type: ignore[union-attr]
+    assert found[0] == found[2]
+    assert not [name for name, tensor in found[1].items() if not torch.equal(tensor, found[3][name])]
 
 
 def test_without_the_plugin_its_values_are_refused(settings: dict[str, Any]) -> None:
