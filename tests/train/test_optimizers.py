@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import optimi
 import pytest
@@ -164,6 +165,17 @@ def test_its_state_is_as_large_as_said(name: str, dtype: torch.dtype) -> None:
     choice = run_with(name).optimizers[name]
     size = choice.state_bytes if dtype is torch.float32 else bfloat16_bytes(choice)
     assert sum(each.nbytes for each in own) == pytest.approx(size * held.parameter.numel(), rel=0.05, abs=600)
+
+
+@pytest.mark.parametrize(
+    ("trained", "weight_bytes", "size"), [("adapter", 2.0, 8), ("network", 4.0, 8), ("network", 2.0, 6)]
+)
+def test_the_planner_is_told_the_state_of_what_is_trained(trained: str, weight_bytes: float, size: float) -> None:
+    """An adapter is float32 on any base; the network is trained in the type that it is stored in."""
+    plugin = OptimizersPlugin("optimizers", OptimizersPlugin.Config())
+    workload = SimpleNamespace(trained=trained, weight_bytes=weight_bytes)
+    answer = plugin.estimate(run=run_with("adamw_bf16"), spec=None, workload=workload)  # type: ignore[arg-type]
+    assert answer == {"optimizer_bytes": size}
 
 
 def test_the_weights_to_use_of_a_schedule_free_optimizer_are_others_than_those_it_trains() -> None:

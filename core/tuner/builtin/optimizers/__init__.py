@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from math import cos, pi
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
@@ -79,6 +79,7 @@ class OptimizersPlugin(Plugin[OptimizersConfig]):
     """Optimizers of torch, optimi, bitsandbytes, torchao, schedulefree and prodigyopt, and learning-rate curves."""
 
     Config = OptimizersConfig
+    levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"optimizer": "bnb-adamw8bit"},)
 
     @hookimpl
     def optimizers(self, run: Run) -> Mapping[str, OptimizerChoice]:
