@@ -41,6 +41,9 @@ class Workload:
     """Blocks whose weights are on the device at any time; None is all of them."""
     offloaded_to: Literal["host", "disk"] = "host"
     """Where the weights of the other blocks wait."""
+    waiting: frozenset[str] = frozenset()
+    """What is on the host while it is not at work: a component's name for one of whose blocks two are on the device at
+    a time, ``network`` for a denoiser that leaves while others encode or decode."""
     trained: Literal["adapter", "network"] = "adapter"
     """What gets a gradient."""
     adapter_parameters: int = 0
@@ -49,6 +52,8 @@ class Workload:
     """Those of them that are applied to the text, not to the tokens."""
     adapted_width: int = 0
     """Inputs of the adapted matrices over tokens, summed over one block: what adapters keep of a token."""
+    gradients_released: bool = False
+    """Whether each gradient is applied and freed as soon as it is known."""
     optimizer_bytes: float = 8.0
     """Optimizer state per trained parameter."""
     dropped: tuple[float, ...] = ()

@@ -174,9 +174,12 @@ class OffloadPlugin(Plugin[OffloadConfig]):
 
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
-        """The blocks that are on the device at any time, and where the others wait."""
+        """The blocks that are on the device at any time, where the others wait, and what else does."""
+        encoders = spec.encoders.get("text", ()) if self.config.text_encoder_offload else ()
+        denoiser = ("network",) if self.config.enable_model_cpu_offload else ()
+        waiting = {"waiting": frozenset((*encoders, *denoiser))}
         if not self.config.enable_group_offload:
-            return {}
+            return waiting
         from tuner_offload.schedule import leaf_ring_blocks, resident_at_any_time
 
         size, network = self.config.group_offload_blocks_per_group, workload.network
@@ -185,6 +188,7 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         else:
             resident = resident_at_any_time(network.blocks, self._resident, size)
         return {
+            **waiting,
             "resident_blocks": resident,
             "offloaded_to": "host" if self.config.group_offload_to_disk_path is None else "disk",
         }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tuner.errors import ConfigError
 from tuner.hookspecs import hookimpl
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tuner.run import Run
     from tuner.spec import ModelSpec
     from tuner.train.optimizers import GradientRelease
+    from tuner.workload import Workload
 
 
 class GradientReleaseConfig(PluginConfig):
@@ -90,6 +91,11 @@ class GradientReleasePlugin(Plugin[GradientReleaseConfig]):
                 where="gradient_release: true",
                 remedy="leave gradient_release out, or leave offloading out",
             )
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """That gradients take no room."""
+        return {"gradients_released": True} if self.config.gradient_release else {}
 
     @hookimpl
     def gradient_release(self, run: Run, network: Network, optimizer: torch.optim.Optimizer) -> GradientRelease | None:
