@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -74,6 +74,8 @@ class Activations:
     forward: Held
     recompute: tuple[Held, ...]
     backward: tuple[Held, ...]
+    inference: tuple[Held, ...]
+    """Held without gradients, where that is most; nothing is kept."""
     context: Held
     """Kept for each token of the text or of embedded frames."""
     around: Held = Held()
@@ -151,6 +153,11 @@ class ModelSpec:
     """Module name suffixes that LoRA adapts by default."""
     encoders: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Kind of encoding (``text``, ``video``, ``conditioning``) to the components it needs."""
+    components: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Sizes of encoders and decoders, for the memory model. ``weights``: bytes, as they are loaded where nothing
+    quantises them; ``matrices``: parameters that a quantiser takes; ``blocks``: how many could stream; ``working``:
+    bytes held while it works, and for each pixel of a frame ``encode_picture``, ``encode_clip``, ``decode_picture``
+    and ``decode_clip``; ``frame``: bytes a pixel that each decoded frame adds; ``tile``: pixels of a tile."""
     conditioning_frames: tuple[str, ...] = ()
     """Frames that the encoders of kind ``conditioning`` embed: ``first_frame``, ``last_frame``."""
     condition: str = "none"

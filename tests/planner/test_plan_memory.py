@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 
 from tuner import flow, pipeline
-from tuner.assembly import Assembly, assemble, new_run
+from tuner.assembly import assemble, new_run
 from tuner.blocks import RouteRequest, StepContext, TokenRoute, install
 from tuner.builtin.checkpointing.offload import Offload
 from tuner.builtin.checkpointing.selective import Selective
 from tuner.builtin.lora.adapter import LoraSettings
 from tuner.builtin.planner.memory import CONTEXT, predict
+from tuner.builtin.planner.memory_phases import decoding, encoding, phases, rendering
 from tuner.checkpointing import Checkpointing
 from tuner.data.samples import Bucket
 from tuner.model import Batch, Network
 from tuner.run import Run
 from tuner.spec import ModelSpec
-from tuner.testing.peak import fakes, step_bytes, without_storage
+from tuner.testing.peak import StepBytes, fakes, inference_bytes, step_bytes, without_storage
 from tuner.workload import Workload
 from tuner_chunked_ff.chunk import install as install_chunks
 from tuner_offload.schedule import RING_GROUPS, streamed_blocks
+from tuner_wan.encode import encode_clip
 from tuner_wan.stack import WanStack
 from tuner_wan.training import predict as velocity
 
@@ -40,8 +44,25 @@ SMALL, LARGE, TI2V, I2V, I2V_22 = (
 )
 CLIP, PICTURE = (81, 480, 832), (1, 480, 832)
 STREAMED = {"enable_group_offload": True, "group_offload_use_stream": True}
-CHUNKED = {"enable_chunked_feed_forward": True}
+CHUNKED = {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 8}
 TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
+VAES: dict[str, dict[str, Any]] = {
+    SMALL: {"base_dim": 96, "z_dim": 16},
+    TI2V: {
+        "base_dim": 160,
+        "decoder_base_dim": 256,
+        "z_dim": 48,
+        "latents_mean": [0.0] * 48,
+        "latents_std": [1.0] * 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "scale_factor_temporal": 4,
+    },
+}
+"""Of the repositories' config.json files, beside the class's defaults."""
 
 
 @dataclass
@@ -51,8 +72,8 @@ class Case:
     flavour: str
     shape: tuple[int, int, int]
     samples: int = 1
-    blocks: int = 4
-    keys: Mapping[str, Any] = ()  # type: ignore[assignment]
+    blocks: int = 3
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self, folder: Path) -> dict[str, Any]:
         return {
@@ -62,11 +83,11 @@ class Case:
             "max_train_steps": 1,
             "train_batch_size": self.samples,
             "lora_rank": 16,
-            **dict(self.keys),
+            **self.keys,
         }
 
 
-def described(case: Case, folder: Path) -> tuple[Assembly, Run, ModelSpec, Workload]:
+def described(case: Case, folder: Path) -> tuple[Run, ModelSpec, Workload]:
     """The workload as the loaded plugins estimate it, of a network with the case's number of blocks."""
     assembly = assemble(case.settings(folder))
     run = new_run(assembly)
@@ -74,7 +95,7 @@ def described(case: Case, folder: Path) -> tuple[Assembly, Run, ModelSpec, Workl
     network = replace(spec.networks[0], blocks=case.blocks)
     assert run.estimate is not None
     workload = run.estimate(network, Bucket(*case.shape), case.samples)
-    return assembly, run, replace(spec, networks=(network,)), workload
+    return run, replace(spec, networks=(network,)), workload
 
 
 def build(spec: ModelSpec, workload: Workload, rank: int, targets: Sequence[str]) -> nn.Module:
@@ -160,9 +181,13 @@ def counted(spec: ModelSpec, run: Run, workload: Workload, targets: Sequence[str
             batch = batch_of(spec, workload)
             return flow.loss(run.config, velocity(network, batch, spec), batch).per_sample.sum()
 
-        step = step_bytes(network.module, loss, torch.bfloat16 if workload.activation_bytes == 2 else None)
+        step = step_bytes(network.module, loss, autocast(workload))
     trained = sum(each.numel() for each in network.module.parameters() if each.requires_grad)
     return weights(network, workload) + trained * workload.optimizer_bytes + step
+
+
+def autocast(workload: Workload) -> torch.dtype | None:
+    return torch.bfloat16 if workload.activation_bytes == 2 else None
 
 
 def weights(network: Network, workload: Workload) -> int:
@@ -183,19 +208,19 @@ def nbytes(module: nn.Module, *, trained: bool = True) -> int:
 CASES = {
     "1.3B, none": Case(SMALL, CLIP, keys={"gradient_checkpointing": False}),
     "1.3B, full": Case(SMALL, CLIP, keys={"gradient_checkpointing": True}),
-    "1.3B, two clips, chunked": Case(SMALL, (33, 480, 832), 2, keys=CHUNKED),
-    "1.3B, routes": Case(SMALL, CLIP, blocks=5, keys=TREAD),
-    "1.3B, routes, none": Case(SMALL, (33, 480, 832), blocks=5, keys={**TREAD, "gradient_checkpointing": False}),
+    "1.3B, two clips, chunked": Case(SMALL, (33, 480, 832), 2, blocks=2, keys=CHUNKED),
+    "1.3B, routes": Case(SMALL, CLIP, blocks=4, keys=TREAD),
+    "1.3B, routes, none": Case(SMALL, (33, 480, 832), blocks=4, keys={**TREAD, "gradient_checkpointing": False}),
     "14B, selective": Case(LARGE, CLIP, keys={"gradient_checkpointing": "selective"}),
     "14B, offload, streamed, chunked": Case(
         LARGE, CLIP, keys={"gradient_checkpointing": "offload", **STREAMED, **CHUNKED}
     ),
-    "14B, one picture, streamed": Case(LARGE, PICTURE, keys={**STREAMED, "group_offload_resident_blocks": 1}),
-    "14B, every second block": Case(LARGE, (33, 480, 832), keys={"gradient_checkpointing_interval": 2}),
+    "14B, one picture, streamed": Case(LARGE, PICTURE, blocks=4, keys={**STREAMED, "group_offload_resident_blocks": 1}),
+    "14B, every second block": Case(LARGE, (33, 480, 832), blocks=4, keys={"gradient_checkpointing_interval": 2}),
     "5B, a time for each token": Case(TI2V, (81, 704, 1280)),
     "5B, pictures": Case(TI2V, (1, 704, 1280), 2, keys={"gradient_checkpointing": "offload"}),
-    "14B I2V 2.1": Case(I2V, (33, 480, 832)),
-    "14B I2V 2.2, 720p": Case(I2V_22, (81, 720, 1280), keys={"gradient_checkpointing": "offload", **CHUNKED}),
+    "14B I2V 2.1": Case(I2V, (33, 480, 832), blocks=2),
+    "14B I2V 2.2, 720p": Case(I2V_22, (81, 720, 1280), blocks=2, keys={"gradient_checkpointing": "offload"}),
     "1.3B, all weights": Case(SMALL, (33, 480, 832), keys={"model_type": "full"}),
 }
 
@@ -203,8 +228,139 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_predicted_peak_is_the_counted_one_within_five_percent(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    _, run, spec, workload = described(case, tmp_path)
+    run, spec, workload = described(case, tmp_path)
     truth = counted(spec, run, workload, spec.adapter_targets)
     found = predict(workload)
     guess = found.on_device - CONTEXT
     assert guess == pytest.approx(truth, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flavour", "shape", "keys"),
+    [(SMALL, CLIP, {}), (SMALL, CLIP, CHUNKED), (LARGE, PICTURE, {}), (I2V, CLIP, {}), (TI2V, (81, 704, 1280), {})],
+)
+def test_rendering_holds_what_a_forward_without_gradients_does(
+    flavour: str, shape: tuple[int, int, int], keys: Mapping[str, Any], tmp_path: Path
+) -> None:
+    _, spec, workload = described(Case(flavour, shape, blocks=2, keys=keys), tmp_path)
+    module = build(spec, workload, 16, spec.adapter_targets)
+    with fakes():
+        network = installed(module, spec, workload)
+        network.module.eval()
+        truth = inference_bytes(
+            network.module, lambda: velocity(network, batch_of(spec, workload), spec), autocast(workload)
+        )
+    found = rendering(workload).device
+    assert found["block at work"] + found["around the blocks"] == pytest.approx(truth, rel=0.05)
+
+
+@pytest.mark.parametrize("flavour", [SMALL, TI2V])
+@pytest.mark.parametrize("shape", [(17, 480, 832), (1, 704, 1280)])
+def test_encoding_and_decoding_hold_what_the_vae_does(
+    flavour: str, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
+    """A VAE of the real dimensions; the clip itself is on the host."""
+    _, spec, workload = described(Case(flavour, shape, blocks=2), tmp_path)
+    with torch.device("meta"):
+        vae: Any = AutoencoderKLWan(**VAES[flavour]).eval().requires_grad_(False)
+    with fakes():
+        without_storage(vae)
+        pixels = torch.empty(3, *shape)
+        latents = torch.empty(1, *spec.latents.shape(*shape))
+        with torch.no_grad(), StepBytes(vae, on_host=[pixels]) as encoded:
+            encode_clip(vae, pixels)
+        with torch.no_grad(), StepBytes(vae) as decoded:
+            vae.decode(latents)
+    assert spec.components["vae"]["weights"] == nbytes(vae)
+    at_work = {
+        "encoding": encoding(spec, "vae", workload).device["vae at work"],
+        "decoding": decoding(spec, "vae", workload).device["vae at work"],
+    }
+    assert at_work["encoding"] == pytest.approx(encoded.peak, rel=0.05)
+    assert at_work["decoding"] == pytest.approx(decoded.peak, rel=0.05)
+
+
+def test_phases_hold_what_is_loaded_in_them(tmp_path: Path) -> None:
+    """By hand: UMT5 in bfloat16 or eight bits, or two of its 24 blocks; a second expert waits on the host."""
+    both = Case("t2v-14b-2.2-both", CLIP)
+    run, _, workload = described(replace(both, blocks=40), tmp_path)
+    spec = run.spec
+    assert spec is not None
+    whole = phases(spec, workload, rendered=PICTURE)
+    assert whole["caching"].device["weights of text encoder"] == 2 * 5_680_910_336
+    eight = phases(spec, workload, precisions={"text_encoder": "int8-quanto"}, tiled=True)["caching"].device
+    assert eight["weights of text encoder"] == 5_680_910_336 + 256384 * 4096
+    _, _, streaming = described(replace(both, keys={"text_encoder_offload": True}), tmp_path)
+    streamed = encoding(spec, "text_encoder", streaming)
+    assert streamed.device["weights of text encoder"] == pytest.approx(2 * 2 * (5_680_910_336 - 256384 * 4096) / 24)
+    assert sum(streamed.host.values()) + streamed.device["weights of text encoder"] == 2 * 5_680_910_336
+    assert whole["training"].host["networks that wait"] == pytest.approx(28.6e9, rel=0.01)
+    assert set(whole) == {"caching", "training", "validation"}
+
+
+def test_a_denoiser_that_leaves_while_a_clip_is_decoded_is_on_the_host(tmp_path: Path) -> None:
+    _, spec, staying = described(Case(LARGE, CLIP), tmp_path)
+    _, _, leaving = described(Case(LARGE, CLIP, keys={"enable_model_cpu_offload": True}), tmp_path)
+    stays, leaves = decoding(spec, "vae", staying), decoding(spec, "vae", leaving)
+    moved = stays.device["base weights"]
+    assert leaves.on_device == pytest.approx(stays.on_device - moved)
+    assert leaves.host["base weights"] == moved
+
+
+def test_tiles_bound_what_the_vae_works_in(tmp_path: Path) -> None:
+    _, spec, workload = described(Case(SMALL, CLIP), tmp_path)
+    large = replace(workload, shape=(81, 720, 1280))
+    tiled = [encoding(spec, "vae", each, tiled=True).device["vae at work"] for each in (workload, large)]
+    assert tiled[0] == tiled[1] < encoding(spec, "vae", workload).device["vae at work"] / 5
+
+
+def test_gradients_and_optimizer_of_streamed_weights_are_on_the_host(tmp_path: Path) -> None:
+    full = Case(SMALL, PICTURE, blocks=30, keys={"model_type": "full"})
+    _, _, resident = described(full, tmp_path)
+    _, _, streamed = described(replace(full, keys={**full.keys, **STREAMED}), tmp_path)
+    here, away = predict(resident), predict(streamed)
+    assert away.on_device < here.on_device / 2
+    assert away.host["optimizer state"] == pytest.approx(
+        here.device["optimizer state"] - away.device["optimizer state"]
+    )
+    assert predict(replace(streamed, offloaded_to="disk")).host.get("base weights") is None
+
+
+def test_gradients_are_added_up_over_micro_batches_or_released(tmp_path: Path) -> None:
+    """By hand: bfloat16 gradients of bfloat16 weights."""
+    full = Case(SMALL, PICTURE, blocks=30, keys={"model_type": "full"})
+    _, _, once = described(full, tmp_path)
+    _, _, twice = described(replace(full, keys={**full.keys, "gradient_accumulation_steps": 2}), tmp_path)
+    released = {"gradient_release": True, "max_grad_norm": 0.0}
+    _, _, none = described(replace(full, keys={**full.keys, **released}), tmp_path)
+    blocks = 2 * 30 * 46.44e6
+    assert predict(twice).device["gradients"] == pytest.approx(blocks, rel=0.01)
+    assert predict(once).on_device <= predict(twice).on_device
+    assert predict(once).on_device - predict(none).on_device > blocks / 2
+    assert "gradients" not in predict(none).device
+
+
+def test_quantised_weights_take_their_bytes_and_room_for_one_matrix(tmp_path: Path) -> None:
+    _, _, workload = described(Case(LARGE, CLIP), tmp_path)
+    plain, eight = predict(workload).device, predict(replace(workload, weight_bytes=1.0)).device
+    matrices = sum(each.inputs * each.outputs for each in workload.network.matrices) * workload.network.blocks
+    assert plain["base weights"] - eight["base weights"] == pytest.approx(matrices)
+    assert eight["dequantised weight"] == 5120 * 13824 * 2
+
+
+def test_a_family_that_says_nothing_of_its_blocks_has_the_usual_ones(tmp_path: Path) -> None:
+    _, _, workload = described(Case(LARGE, CLIP), tmp_path)
+    unknown = replace(workload, network=replace(workload.network, activations=None))
+    assert predict(unknown).on_device == pytest.approx(predict(workload).on_device, rel=0.01)
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from tuner.assembly import assemble, new_run; from tuner import pipeline;"
+        "from tuner.builtin.planner.memory_phases import phases; from tuner.data.samples import Bucket;"
+        f"assembly = assemble({Case(LARGE, CLIP).settings(tmp_path)!r}); run = new_run(assembly);"
+        "spec = pipeline.describe(run, assembly.manager);"
+        "found = phases(spec, run.estimate(spec.networks[0], Bucket(81, 480, 832), 1), rendered=(81, 480, 832));"
+        "assert found['training'].on_device > 50e9; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

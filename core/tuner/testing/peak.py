@@ -9,7 +9,7 @@ autocast (torch's own list), and the backward of fused attention accumulates the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -25,13 +25,15 @@ from tuner.testing.live_bytes import LiveBytes
 class StepBytes(LiveBytes):
     """While entered, counts what a step holds beside the parameters of ``module``.
 
-    Bytes in ``uint8`` storages are taken for host memory, where offloaded block inputs wait, and not counted.
+    Bytes in ``uint8`` storages are taken for host memory, where offloaded block inputs wait, and not counted; neither
+    are the tensors ``on_host``.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, on_host: Iterable[Tensor] = ()) -> None:
         super().__init__(self._on_device)
-        self._elsewhere = {each.untyped_storage()._cdata for each in module.parameters()}
-        self._pools: list[torch.UntypedStorage] = []  # held: the number of one that is freed is given to another
+        # Held: the number of a storage that is freed is given to another.
+        self._pools = [each.untyped_storage() for each in (*module.parameters(), *module.buffers(), *on_host)]
+        self._elsewhere = {each._cdata for each in self._pools}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Run the operation and count what it gave, and what its CUDA kernel works in."""
@@ -74,6 +76,15 @@ def step_bytes(module: nn.Module, loss: Callable[[], Tensor], mixed_precision: t
         with torch.autocast("cpu", mixed_precision, enabled=mixed_precision is not None):
             value = loss()
         torch.autograd.backward(value)
+    peak: int = held.peak
+    return peak
+
+
+def inference_bytes(module: nn.Module, call: Callable[[], object], mixed_precision: torch.dtype | None) -> int:
+    """Most bytes that ``call`` holds beside the parameters of ``module``, without gradients."""
+    autocast = torch.autocast("cpu", mixed_precision, enabled=mixed_precision is not None)
+    with kernels_of_cuda(), StepBytes(module) as held, torch.no_grad(), autocast:
+        call()
     peak: int = held.peak
     return peak
 

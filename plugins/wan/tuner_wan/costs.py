@@ -10,6 +10,26 @@ from tuner.spec import Activations, Held, NetworkSpec
 
 ROTARY_BYTES = 8
 """Cosine and sine in float32."""
+TILE = 256
+VAE_22_CHANNELS = 48
+VAE_21: dict[str, float] = {
+    "weights": 4.0 * 126_892_531,
+    "encode_picture": 3860,
+    "encode_clip": 14090,
+    "decode_picture": 6920,
+    "decode_clip": 19500,
+    "frame": 12.5,
+    "tile": TILE * TILE,
+}
+VAE_22: dict[str, float] = {
+    "weights": 4.0 * 704_688_668,
+    "encode_picture": 1950,
+    "encode_clip": 7280,
+    "decode_picture": 5800,
+    "decode_clip": 21510,
+    "frame": 12.5,
+    "tile": TILE * TILE,
+}
 
 
 def activations(network: NetworkSpec, trained: bool, timed: bool) -> Activations:
@@ -19,10 +39,10 @@ def activations(network: NetworkSpec, trained: bool, timed: bool) -> Activations
         trained: whether the block's own weights are trained; else an adapter beside them.
         timed: whether each token has a time of its own, and so the six factors of its modulation.
     """
-    kept = _trained() if trained else _frozen()
-    if network.image_tokens:
+    kept, around = _trained() if trained else _frozen(), Held()
+    frames = 1 if network.image_tokens else 0
+    if frames:
         kept = _sum(kept, Held(dim=2))  # what embedded frames give; the queries, cast once more for them
-    around = Held()
     if timed:
         # All six factors, of which views are kept, and 1 + scale, twice: each token's own, in float32.
         kept = _sum(kept, Held(float32=8))
@@ -32,11 +52,27 @@ def activations(network: NetworkSpec, trained: bool, timed: bool) -> Activations
         kept=kept,
         forward=Held(dim=3, float32=4) if trained else Held(dim=4, float32=4),
         recompute=(Held(dim=3, float32=2),) if trained else (Held(dim=4, float32=3), Held(dim=4, float32=1, wide=1)),
+        inference=(
+            Held(dim=5 + frames, float32=11 if timed else 4),
+            Held(dim=5 + frames, float32=6 if timed else 0, wide=2),
+        ),
         backward=(Held(dim=1, wide=1),) if trained else (Held(dim=1, wide=2),),
         context=Held(dim=4, float32=2) if trained else Held(dim=2, float32=1),
         around=around,
         companions=ROTARY_BYTES * network.dim / network.heads,
     )
+
+
+def components(latent_channels: int, *, image_context: bool) -> dict[str, dict[str, float]]:
+    """Sizes of UMT5-XXL in bfloat16, of the VAE in float32 and, with ``image_context``, of CLIP ViT-H in float32.
+
+    What they work in was counted like the denoiser's; the VAE's is for its pieces of one frame, then of four.
+    """
+    vae = VAE_22 if latent_channels == VAE_22_CHANNELS else VAE_21
+    words = 256384 * 4096
+    text = {"weights": 2.0 * 5_680_910_336, "matrices": 5_680_910_336 - words, "blocks": 24, "working": 126e6}
+    image = {"image_encoder": {"weights": 4.0 * 630_766_080, "working": 56e6}} if image_context else {}
+    return {"text_encoder": text, "vae": vae, **image}
 
 
 def _frozen() -> Held:

@@ -67,6 +67,7 @@ def describe(core: CoreConfig, own: WanConfig | None = None) -> ModelSpec:
         adapter_targets=ADAPTER_TARGETS,
         encoders=ENCODERS | (IMAGE_ENCODERS if flavour.image_context else {}),
         conditioning_frames=CONDITIONING_FRAMES[flavour.condition] if flavour.image_context else (),
+        components=costs.components(latents.channels, image_context=flavour.image_context),
         condition=_condition(own, flavour),
         boundary=boundary,
         switch_steps=own.wan_expert_switch_steps if own is not None and len(networks) > 1 else 0,

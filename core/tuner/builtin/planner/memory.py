@@ -49,14 +49,14 @@ class Memory:
 def predict(workload: Workload) -> Memory:
     """What a training step of ``workload`` holds on the device, and on the host, when it holds most on the device."""
     blocks = blocks_of(workload)
-    device, host = _weights(workload)
+    device, host = weights(workload)
     worst = max(_moments(workload, blocks), key=lambda moment: sum(moment.values()))
-    device |= worst | {"around the blocks": _around(workload), "CUDA context": CONTEXT}
+    device |= worst | {"around the blocks": around(workload), "CUDA context": CONTEXT}
     host["block inputs"] = sum(block.input for block in blocks if block.offloaded)
-    return Memory(_without_zeros(device), _without_zeros(host))
+    return Memory(without_zeros(device), without_zeros(host))
 
 
-def _weights(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
+def weights(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
     """(on the device, on the host): weights and optimizer state; gradients where they are on the host."""
     network, adapters = workload.network, workload.adapter_parameters
     block, streamed = block_bytes(workload), streamed_blocks(workload)
@@ -83,7 +83,7 @@ def _dequantised(workload: Workload) -> float:
     return max(each.inputs * each.outputs for each in workload.network.matrices) * workload.activation_bytes
 
 
-def _around(workload: Workload) -> float:
+def around(workload: Workload) -> float:
     """Latents, noise, noisy latents and target in float32, the network's input, text and embedded frames, tables."""
     network, width = workload.network, workload.activation_bytes
     held = activations_of(workload)
@@ -95,23 +95,28 @@ def _around(workload: Workload) -> float:
 
 
 def _moments(workload: Workload, blocks: list[Block]) -> Iterator[dict[str, float]]:
-    """What a step holds of activations and gradients, at each moment that may be its worst."""
+    """What a step holds of activations and gradients, at each moment that may be its worst.
+
+    Backward comes from the last block: gradients of blocks behind the one at work are there, and with micro-batches
+    those of all blocks, from the one before.
+    """
     before, gradients = 0.0, sum(block.gradient for block in blocks)
+    added_up = gradients if workload.micro_batches > 1 else 0.0
     yield _moment(0.0, 0.0, gradients)
     for block in blocks:
-        own = gradients
-        gradients -= block.gradient
+        own = max(gradients, added_up)
+        gradients = max(gradients - block.gradient, added_up)
         if block.checkpointed:
             flight = IN_FLIGHT * block.input if block.offloaded else block.input
             for extra in block.recompute:
                 yield _moment(before + flight, block.kept + extra, gradients)
         else:
-            yield _moment(before, block.kept + block.forward, 0.0)
+            yield _moment(before, block.kept + block.forward, added_up)
         for extra in block.backward:
             yield _moment(before + block.input * block.checkpointed, block.kept + extra, own)
         before += block.held
     head = workload.samples * workload.tokens * bytes_of(HEAD, workload.network, workload.activation_bytes)
-    yield _moment(before, head + sum(block.copies for block in blocks), 0.0)
+    yield _moment(before, head + sum(block.copies for block in blocks), added_up)
 
 
 def _moment(before: float, working: float, gradients: float) -> dict[str, float]:
@@ -123,5 +128,6 @@ def _moment(before: float, working: float, gradients: float) -> dict[str, float]
     return {"kept for backward": before, "block at work": working, "gradients": gradients}
 
 
-def _without_zeros(components: dict[str, float]) -> dict[str, float]:
+def without_zeros(components: dict[str, float]) -> dict[str, float]:
+    """``components`` without those that hold nothing."""
     return {name: size for name, size in components.items() if size}

@@ -15,6 +15,7 @@ RING = 2
 USUAL = Activations(
     kept=Held(dim=6, float32=6, wide=1),
     forward=Held(dim=4, float32=4),
+    inference=(Held(dim=5, float32=4), Held(dim=5, wide=2)),
     recompute=(Held(dim=4, float32=3), Held(dim=4, float32=1, wide=1)),
     backward=(Held(dim=1, wide=2),),
     context=Held(dim=2, float32=1),
@@ -22,6 +23,7 @@ USUAL = Activations(
 USUAL_TRAINED = Activations(
     kept=Held(dim=10, float32=10, wide=2),
     forward=Held(dim=3, float32=4),
+    inference=(Held(dim=5, float32=4), Held(dim=5, wide=2)),
     recompute=(Held(dim=3, float32=2),),
     backward=(Held(dim=1, wide=1),),
     context=Held(dim=4, float32=2),
@@ -153,6 +155,8 @@ def _copies(workload: Workload) -> float:
 def _gradient(workload: Workload) -> float:
     """Bytes of the gradients of one block on the device."""
     network = workload.network
+    if workload.gradients_released:
+        return 0.0
     if workload.trained == "adapter":
         return workload.adapter_parameters / network.blocks * FLOAT32
     return block_bytes(workload) * (1 - streamed_blocks(workload) / network.blocks)
