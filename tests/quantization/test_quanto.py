@@ -170,10 +170,13 @@ def test_each_channel_has_its_own_scale(kind, dtype):
     assert torch.equal(back[5], torch.zeros(64, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("dtype", "core"),
-    [(torch.float32, {}), (torch.bfloat16, {}), (torch.bfloat16, {"base_model_default_dtype": "fp32"})],
+    ("precision", "dtype", "core"),
+    [
+        ("int8-quanto", torch.float32, {}),
+        ("fp8-quanto", torch.bfloat16, {}),
+        ("int8-quanto", torch.bfloat16, {"base_model_default_dtype": "fp32"}),
+    ],
     ids=["fp32", "bf16", "bf16-autocast-on-fp32-base"],
 )
 def test_lora_trains_on_it(make, precision, dtype, core):
@@ -188,9 +191,9 @@ def test_lora_trains_on_it(make, precision, dtype, core):
     network.trampoline.context = StepContext(checkpointing=True)
     network.module.train()
     target = torch.randn(2, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    optimizer = torch.optim.AdamW(lora.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(lora.values(), lr=3e-2)
     losses = []
-    for _ in range(20):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = (forward(network, autocast=dtype == torch.bfloat16) - target).square().mean()
         loss.backward()
@@ -199,7 +202,7 @@ def test_lora_trains_on_it(make, precision, dtype, core):
         losses.append(loss.item())
     assert all(each.grad.abs().sum() > 0 for each in lora.values())
     assert losses[-1] < 0.9 * losses[0]
-    assert sum(after < before for before, after in pairwise(losses)) > 15
+    assert sum(after < before for before, after in pairwise(losses)) > 5
 
 
 def test_gradients_are_those_of_the_dequantised_network(make):
