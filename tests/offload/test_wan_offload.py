@@ -154,14 +154,12 @@ def test_layer_by_layer_and_from_files(learn, flavour, tmp_path):
 
 
 @pytest.mark.parametrize("precision", QUANTISED)
-@pytest.mark.parametrize("where", ["leaf_level", "disk"])
-def test_a_quantised_base_streams_otherwise_too(learn, precision, where, tmp_path):
+def test_a_quantised_base_streams_layer_by_layer_from_files(learn, precision, tmp_path):
     """The quantiser's report computes with plain weights for once; afterwards the layers stream again."""
-    keys = {"dtype": torch.bfloat16, "count": 1, "base_model_precision": precision}
-    kinds = {"leaf_level": {"group_offload_type": where}, "disk": {"group_offload_to_disk_path": str(tmp_path)}}
-    streamed, found = learn(enable_group_offload=True, **keys, **kinds[where])
+    keys = {"dtype": torch.bfloat16, "count": 1, "base_model_precision": precision, "render": False}
+    kind = {"group_offload_type": "leaf_level", "group_offload_to_disk_path": str(tmp_path)}
+    streamed, found = learn(enable_group_offload=True, **keys, **kind)
     assert_same(found, learn(**keys)[1])
-    if where == "leaf_level":
-        layers = [each for block in streamed.stack.blocks for each in block.modules() if hasattr(each, "_tuner_leaf")]
-        assert len(layers) == len(streamed.residency.masters)
-        assert all("forward" in vars(each) for each in layers)
+    layers = [each for block in streamed.stack.blocks for each in block.modules() if hasattr(each, "_tuner_leaf")]
+    assert len(layers) == len(streamed.residency.masters)
+    assert all("forward" in vars(each) for each in layers)
