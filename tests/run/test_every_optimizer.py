@@ -1,4 +1,4 @@
-"""Every optimizer by name in a real run: warm-up, a curve, steps of the training loop, and a checkpoint in between."""
+"""Every optimizer in a real run: warm-up, a curve, steps of the training loop, and a checkpoint in between."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tuner.testing.opened import opened
 from tuner.train import optimizers, state
 from tuner.train.step import train_step
 
-NAMES = sorted(OptimizersPlugin("optimizers", OptimizersPlugin.Config()).optimizers(Run(CoreConfig(), {})))
+OFFERED = OptimizersPlugin("optimizers", OptimizersPlugin.Config()).optimizers(Run(CoreConfig(), {}))
+# Each class once; what is paged on CUDA is the same as its plain sibling here.
+NAMES = sorted({(each.module, each.cls): name for name, each in OFFERED.items() if "paged" not in name}.values())
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +58,10 @@ def test_it_trains_and_a_checkpoint_in_between_changes_nothing(session, tmp_path
         rates = [float(group["lr"]) for group in session.optimizers[network.name].param_groups]
         assert rates == pytest.approx([session.learning_rate(network.name)] * len(rates))
         state.save_network(network, session.optimizers[network.name], tmp_path)
-        whole = train(session, 3, 5)
+        whole = train(session, 3, 4)
         fresh(begin)
         state.load_network(network, session.optimizers[network.name], tmp_path)
-        resumed = train(session, 3, 5)
+        resumed = train(session, 3, 4)
     finally:
         network.adapter.load(begin)
     assert all(torch.isfinite(each).all() for each in whole.values())
