@@ -58,6 +58,8 @@ class Workload:
     """Optimizer state per trained parameter."""
     dropped: tuple[float, ...] = ()
     """Share of the tokens that each block does not see; empty is none."""
+    dropped_sometimes: bool = False
+    """Whether there are steps that drop nothing, for which memory must be there."""
     checkpointing: str = "full"
     """How activations are kept for backward: ``none``, ``full``, ``selective`` or ``offload``."""
     checkpointing_interval: int = 1

@@ -172,3 +172,21 @@ def test_keys_without_routes_are_said_to_do_nothing(caplog: pytest.LogCaptureFix
     tread = plugin(tread_config=HALF, tread_selector="motion")
     tread.configure(run=run_of(tread))
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(("schedule", "ramp"), [("constant", False), ("linear", True), ("cosine", True)])
+def test_memory_is_planned_for_the_steps_of_a_ramp_that_drop_nothing(schedule: str, ramp: bool) -> None:
+    from dataclasses import replace
+
+    from tuner.builtin.planner.memory import predict
+    from tuner.workload import Workload
+
+    network = NetworkSpec("net", 4, 64, 2, 128, 16, 8, 16)
+    workload = Workload(network, LatentGeometry(16, 4, 8), shape=(17, 256, 256), samples=1)
+    routes = [{"selection_ratio": 0.5, "start_layer_idx": 0, "end_layer_idx": -1}]
+    tread = plugin(tread_config={"routes": routes}, tread_ratio_schedule=schedule)
+    answer = tread.estimate(run=run_of(tread), spec=None, workload=workload)  # type: ignore[arg-type]
+    assert any(answer["dropped"])
+    planned = predict(replace(workload, **answer)).on_device
+    assert (planned == predict(workload).on_device) == ramp
+    assert planned <= predict(workload).on_device

@@ -152,7 +152,10 @@ class TreadPlugin(Plugin[TreadConfig]):
         from tuner_tread.ranges import dropped_shares, resolve
 
         blocks = workload.network.blocks
-        return {"dropped": dropped_shares(resolve(self.config.tread_config, blocks), blocks)}
+        return {
+            "dropped": dropped_shares(resolve(self.config.tread_config, blocks), blocks),
+            "dropped_sometimes": self.config.tread_ratio_schedule != "constant",
+        }
 
     @hookimpl
     def on_train_start(self, run: Run, model: Model) -> None:
