@@ -29,12 +29,8 @@ class LatentGeometry:
 
     def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(channels, latent frames, latent height, latent width) of a clip of that many frames and pixels."""
-        return (
-            self.channels,
-            (frames - 1) // self.stride_time + 1,
-            height // self.stride_space,
-            width // self.stride_space,
-        )
+        side = self.stride_space
+        return self.channels, (frames - 1) // self.stride_time + 1, height // side, width // side
 
 
 @dataclass(frozen=True)
