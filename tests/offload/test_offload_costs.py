@@ -85,9 +85,13 @@ def test_residents_must_leave_something_to_stream(resident, size, fits):
 
 def test_the_planner_is_told_what_is_on_the_device():
     on = plugin(group_offload_resident_blocks=5, group_offload_blocks_per_group=3)
-    assert on.estimate(run(), SPEC, WORKLOAD) == {"resident_blocks": 5 + 2 * 3, "offloaded_to": "host"}
+    nothing = frozenset[str]()
+    expected = {"resident_blocks": 5 + 2 * 3, "offloaded_to": "host", "waiting": nothing}
+    assert on.estimate(run(), SPEC, WORKLOAD) == expected
     assert plugin(group_offload_to_disk_path="/x").estimate(run(), SPEC, WORKLOAD)["offloaded_to"] == "disk"
-    assert OffloadPlugin("offload", OffloadConfig()).estimate(run(), SPEC, WORKLOAD) == {}
+    assert OffloadPlugin("offload", OffloadConfig()).estimate(run(), SPEC, WORKLOAD) == {"waiting": nothing}
+    by_phase = OffloadPlugin("offload", OffloadConfig(enable_model_cpu_offload=True))
+    assert by_phase.estimate(run(), SPEC, WORKLOAD) == {"waiting": {"network"}}
     assert resident_at_any_time(30, 29, 2) == 30
 
 

@@ -11,6 +11,7 @@ from tuner.cli import options
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.builtin.planner.cards import Card
+    from tuner.builtin.planner.fit import Fit as Fitting
     from tuner.builtin.planner.page import Plan
 
 Shape = Annotated[
@@ -24,6 +25,10 @@ Shape = Annotated[
 CardName = Annotated[
     str | None, typer.Option("--card", help="Card that times are for, such as H100.", show_default=False)
 ]
+Fit = Annotated[
+    str | None,
+    typer.Option("--fit", help="Propose settings for a device of so much memory, such as 24G.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs.")]
 
 
@@ -35,6 +40,7 @@ def plan(
     strict: options.Strict = False,
     shape: Shape = None,
     card: CardName = None,
+    fit: Fit = None,
     json: Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -48,7 +54,8 @@ def plan(
         assembly = options.assembly(context, config, plugins, without, strict)
         print_assembly(assembly)
         found = _planned(assembly, shape, card)
-    _print(found, json)
+        proposed = None if fit is None else _fitted(assembly, found, fit)
+    _print(found, json, proposed)
 
 
 def _planned(assembly: Assembly, shape: str | None, card_name: str | None) -> Plan:
@@ -68,18 +75,26 @@ def _card(assembly: Assembly, name: str | None) -> Card | None:
     return planner.card() if isinstance(planner, PlannerPlugin) else None
 
 
-def _print(found: Plan, as_json: bool) -> None:
+def _fitted(assembly: Assembly, found: Plan, size: str) -> tuple[Fitting, float]:
+    from tuner.assembly import new_run
+    from tuner.builtin.planner.fit import fit, size_of
+
+    limit = size_of(size)
+    shapes = [cost.shape for cost in next(iter(found.costs.values()))]
+    return fit(new_run(assembly), shapes, limit, found.card), limit
+
+
+def _print(found: Plan, as_json: bool, fitted: tuple[Fitting, float] | None) -> None:
+    from tuner.builtin.planner import fit_page, page
+
     if as_json:
         import json
 
-        from tuner.builtin.planner import page
-
-        print(json.dumps(page.as_json(found), indent=2))
+        proposed = {} if fitted is None else {"fit": fit_page.as_json(fitted[0])}
+        print(json.dumps(page.as_json(found) | proposed, indent=2))
         return
     from rich.console import Console
 
-    from tuner.builtin.planner import page
-
     console = Console()
-    for part in page.tables(found):
+    for part in [*page.tables(found), *(() if fitted is None else fit_page.tables(*fitted))]:
         console.print(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs import hookimpl
@@ -74,6 +74,16 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         ]
         run.log.info("%s", summary(costs, card))
         self._window = Window(card)
+
+    @hookimpl
+    def memory_advice(self, run: Run, model: Model) -> Iterable[str]:
+        """What saves memory, the cheapest first, for the shapes of this run."""
+        if self._plan is None:
+            return []
+        from tuner.builtin.planner.costs import shapes_of
+        from tuner.builtin.planner.fit import advice
+
+        return advice(run, shapes_of(self._plan, run.total_steps), self.card() or _card_of(run))
 
     @hookimpl
     def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
