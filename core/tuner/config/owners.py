@@ -25,6 +25,7 @@ CORE = "core"
 OPEN_VALUES: dict[str, frozenset[str]] = {
     "attention_mechanism": frozenset({"diffusers", "auto"}),
     "base_model_precision": frozenset({"no_change"}),
+    "lora_type": frozenset({"standard"}),
     "text_encoder_1_precision": frozenset({"no_change"}),
 }
 """Core keys whose values come from plugins, and the values that the core itself serves."""
