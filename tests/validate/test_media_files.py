@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.builtin.sampling.sheet import Row, contact_sheet, write_contact_sheet
 from tuner.builtin.sampling import media
 from tuner.builtin.sampling.media import evenly, write_mp4, write_png
+from tuner.builtin.sampling.sheet import Row, contact_sheet, write_contact_sheet
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 70, 220), (230, 220, 60))
 
