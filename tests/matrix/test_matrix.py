@@ -39,6 +39,7 @@ BFLOAT16 = 1e-2
 SAME = {each.name for each in MEMORY}
 """Features that change nothing of what is computed."""
 CHANGING = {each.name for each in LOSSES}
+"""Features that change what is trained."""
 NAMES = {each.name for each in (*OPTIMIZERS, *MORE_OPTIMIZERS)}
 ALL = {**FEATURES, **{each.name: each for each in MORE_OPTIMIZERS}}
 
@@ -145,6 +146,8 @@ def test_trained_together(train, names: tuple[str, ...]) -> None:
         expected = train(same)
         close(found.losses, expected.losses, BFLOAT16 if on_cuda(names) else EXACT)
         close(found.norms, expected.norms, BFLOAT16 if on_cuda(names) else EXACT)
+    for name in CHANGING.intersection(names) if len(names) == 2 else ():
+        assert found.losses != train(set(names) - {name}).losses
     optimizer = NAMES.intersection(names)
     if optimizer:
         plain = train(set(names) - optimizer)

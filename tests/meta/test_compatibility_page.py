@@ -1,4 +1,4 @@
-"""``docs/compatibility.md`` says what the plugins say: all refused pairs are tried again, and a sample of the others."""
+"""``docs/compatibility.md`` says what the plugins say: refused pairs are tried again, and a sample of the others."""
 
 from __future__ import annotations
 
