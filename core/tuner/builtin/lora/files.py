@@ -64,11 +64,14 @@ def file_name(network: NetworkSpec, *, alone: bool) -> str:
 
 def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shapes of all matrices and kernels of ``module`` by module name; call it before adapters are attached."""
-    return {
+    kernels = {
         name.removesuffix(".weight"): tuple(parameter.shape)
         for name, parameter in module.named_parameters()
         if name.endswith(".weight") and parameter.ndim >= 2
     }
+    # A quantised weight may be packed, and then has another shape than what it stands for.
+    linears = [(name, each) for name, each in module.named_modules() if isinstance(each, nn.Linear)]
+    return kernels | {name: (each.out_features, each.in_features) for name, each in linears}
 
 
 def export(adapter: Adapter, spec: ModelSpec, layout: str, facts: Mapping[str, Any]) -> LoraFile:
