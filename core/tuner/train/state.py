@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> list[str]
 
 def write(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """Write named tensors and JSON values to one safetensors file."""
+    # Some optimizers hold one table for all tensors, and a file holds no two names of one memory.
+    uses = Counter(tensor.data_ptr() for tensor in tensors.values())
     save_file(
-        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+        {name: each.detach().to("cpu", copy=uses[each.data_ptr()] > 1).contiguous() for name, each in tensors.items()},
         path,
         metadata={NUMBERS: json.dumps(dict(numbers))},
     )
