@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tuner_chunked_ff
 from tuner.testing.compatibility import (
@@ -90,6 +92,10 @@ def train(bench: Bench):
             before = {name: each.detach().clone() for name, each in network.adapter.state().items()}
             done = [take_step(session, step, names) for step in range(STEPS)]
             after = network.adapter.state()
+            saved = bench.folder / "saved" / str(steps.cache_info().misses)
+            saved.mkdir(parents=True)
+            session.save_into(saved)
+            check_saved(saved, names)
             changed = sum(not torch.equal(before[name], after[name]) for name in before)
             return Trained(*zip(*done, strict=True), changed, len(before))
 
@@ -122,6 +128,20 @@ def check_in_effect(session: Session, names: Iterable[str]) -> None:
     chunked = ["forward" in vars(module) for module in network.feed_forwards.values()]
     assert chunked == [("chunked feed-forward" in names)] * LAYERS
     assert bool(session.releases) == ("gradient release" in names)
+
+
+def check_saved(folder: Path, names: Iterable[str]) -> None:
+    """What people use elsewhere holds matrices of the unquantised shapes, and finite numbers."""
+    if "full" in names:
+        assert {each.shape for each in load_file(folder / "adapter.transformer.safetensors").values()} >= {
+            (128, 128),
+            (256, 128),
+        }
+        return
+    [file] = folder.glob("*lora*.safetensors")
+    tensors = load_file(file)
+    assert {tuple(each.shape) for name, each in tensors.items() if "lora_B" in name} == {(128, 4)}
+    assert all(each.isfinite().all() for each in tensors.values())
 
 
 def case(names: tuple[str, ...]) -> Any:

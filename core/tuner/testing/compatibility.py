@@ -146,6 +146,7 @@ def trained_together() -> list[tuple[str, ...]]:
         *(("LoRA", name, *others) for name in WAYS_TO_STORE for others in ONE_BY_ONE),
         *(("full", *others) for others in BESIDE_FULL),
         *(("LoRA", each.name) for each in OPTIMIZERS),
+        *(("full", name) for name in ("bnb-adamw8bit", "ao-adamw8bit")),
         ("LoRA", "scheduled sampling"),
         ("LoRA", "prior preservation"),
         EVERYTHING,
