@@ -9,13 +9,20 @@ RUNTIME := $(VENV)/.tuner-runtime
 DEV := $(VENV)/.tuner-dev
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-.PHONY: test lint quickstart help
+# What needs a GPU, part by part, each under nine minutes on an H100; figures go to pages in this folder.
+GPU_PYTHON ?= $(BIN)/python
+GPU_PAGES ?= docs/benchmarks
+GPU_PAGE := $(GPU_PYTHON) benchmarks/gpu_page.py
+GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 14b-small-card image-small-card)
+
+.PHONY: test lint quickstart help gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test        lint, types and tests"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
+	@echo "make gpu         tests and benchmarks that need a GPU; figures in docs/benchmarks (see its README)"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -34,6 +41,20 @@ quickstart: $(RUNTIME)
 	    'datasets/my-videos, then:' \
 	    '  for each in config multidatabackend user_prompt_library; do cp -n config/$$each.json.example config/$$each.json; done' \
 	    '  $(BIN)/tuner run'
+
+gpu: gpu-tests gpu-tread gpu-memory
+
+gpu-tests:
+	$(GPU_PAGE) $(GPU_PAGES)/gpu-tests.md 'Tests that need a GPU' -- $(GPU_PYTHON) -m pytest -m gpu -rs --durations 10
+
+gpu-tread:
+	$(GPU_PAGE) $(GPU_PAGES)/gpu-tread.md 'TREAD: measured step, FLOP model' -- \
+	    $(GPU_PYTHON) benchmarks/tread.py --device cuda --full
+
+gpu-memory: $(GPU_MEMORY)
+
+$(GPU_MEMORY): gpu-memory-%:
+	$(GPU_PYTHON) benchmarks/gpu_memory.py $* --pages $(GPU_PAGES)
 
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'

@@ -66,12 +66,12 @@ class Part:
     narrow: Mapping[str, Any] | None = None
 
     def cases(self) -> list[Case]:
-        """In the order in which they are measured."""
+        """In the order in which they are measured; the small card's before the same without limits."""
         plain = Case("", self.flavour, self.shape, narrow=self.narrow or {})
         found = [replace(plain, name=name, keys=LEVERS[name]) for name in self.levers]
         if self.limit is not None:
             last = found[-1]
-            found.append(replace(last, name=f"{last.name}, within {self.limit:g} GiB", limit=self.limit))
+            found.insert(-1, replace(last, name=f"{last.name}, within {self.limit:g} GiB", limit=self.limit))
         return found
 
 
@@ -98,12 +98,15 @@ def alone(case: Case, number: int, until: float) -> Result:
 
 
 def results(part: Part, number: int, until: float, *, isolated: bool) -> Iterator[Result]:
-    """Each case as it is done; those for which no time is left say so."""
+    """Each case as it is done. One is left out, and says so, where half the time of the longest is no longer left."""
+    longest = 0.0
     for case in part.cases():
-        if time.time() > until:
+        began = time.time()
+        if began + longest / 2 > until:
             yield Result(case, 0, 0.0, None, note="not run: no time was left")
-        else:
-            yield (alone if isolated else measure)(case, number, until)
+            continue
+        yield (alone if isolated else measure)(case, number, until)
+        longest = max(longest, time.time() - began)
 
 
 # What it comes to
@@ -150,34 +153,42 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 COLUMNS = (
     *("case", "s a step", "least, most", "steps", f"of {PLAIN}", "floor by plan, s"),
-    *("peak, GiB", "predicted", "peak / predicted", "reserved, GiB", "context, GiB", "loading, s"),
+    *("peak, GiB", "predicted", "peak / predicted", "reserved, GiB", "context, GiB", "loading, s", ""),
 )
 
 
 def row(result: Result, plain: Result | None) -> list[str]:
     """The case's line. What was not measured is left empty."""
-    if not result.seconds:
-        return [result.case.name, result.note, *[""] * (len(COLUMNS) - 2)]
-    step = seconds(result)
     return [
         result.case.name,
-        f"{step:.3f}",
-        f"{min(result.seconds):.3f}, {max(result.seconds):.3f}",
-        str(len(result.seconds)),
-        f"{step / seconds(plain):.3f}" if plain else "",
+        *times(result.seconds, plain),
         f"{result.expected:.3f}" if result.expected else "",
         gibibytes(result.allocated),
         gibibytes(result.predicted),
-        f"{result.allocated / result.predicted:.3f}" if result.allocated else "",
+        f"{result.allocated / result.predicted:.3f}" if result.allocated and result.seconds else "",
         gibibytes(result.reserved),
         gibibytes(result.context),
-        f"{result.loading:.0f}",
+        f"{result.loading:.0f}" if result.seconds else "",
+        result.note,
+    ]
+
+
+def times(taken: Sequence[float], plain: Result | None) -> list[str]:
+    """Median, extremes and number of the steps, and the median of the plain case's."""
+    if not taken:
+        return [""] * 4
+    step = statistics.median(taken)
+    return [
+        f"{step:.3f}",
+        f"{min(taken):.3f}, {max(taken):.3f}",
+        str(len(taken)),
+        f"{step / seconds(plain):.3f}" if plain else "",
     ]
 
 
 def gibibytes(size: float | None) -> str:
     """In GiB; nothing where it is not known."""
-    return "" if size is None else f"{size / GIB:.2f}"
+    return "" if not size else f"{size / GIB:.2f}"
 
 
 def figures(done: Sequence[Result]) -> str:
@@ -209,8 +220,8 @@ def main() -> None:
     logging.getLogger("tuner").setLevel(logging.ERROR)
     top = header(f"{part.title}: memory and time", ["python", *sys.argv])
     done: list[Result] = []
-    number = options.steps if isolated else FEWEST
-    for each in results(part, number, time.time() + options.budget, isolated=isolated):
+    number, until = options.steps if isolated else FEWEST, time.time() + options.budget
+    for each in results(part, number, until, isolated=isolated):
         done.append(each)
         print(f"{each.case.name}: {each.note or f'{seconds(each):.3f} s a step'}", file=sys.stderr, flush=True)
         if options.pages is not None:

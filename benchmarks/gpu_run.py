@@ -277,6 +277,9 @@ def measure(case: Case, number: int, until: float) -> Result:
             result = replace(result, seconds=steps(session, number, until), loading=loading)
         except torch.OutOfMemoryError as error:
             result = replace(result, note=f"out of memory: {str(error).splitlines()[0]}")
+        finally:
+            if cuda:
+                torch.cuda.set_per_process_memory_fraction(1.0)
         return _held(result) if cuda else result
 
 
