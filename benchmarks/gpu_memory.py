@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gpu_page import header, write
+from gpu_page import NONE, device, header, write
 from gpu_run import FEWEST, GIB, Case, Result, measure
 
 SMALL, LARGE = "t2v-480p-1.3b-2.1", "t2v-480p-14b-2.1"
@@ -217,6 +217,8 @@ def main() -> None:
     options = parser.parse_args()
     name = "smoke" if options.smoke else options.part
     part, isolated = PARTS[name], name != "smoke"
+    if isolated and device().startswith(NONE):
+        parser.error("there is no GPU here (nvidia-smi finds none): --smoke runs anywhere")
     logging.getLogger("tuner").setLevel(logging.ERROR)
     top = header(f"{part.title}: memory and time", ["python", *sys.argv])
     done: list[Result] = []

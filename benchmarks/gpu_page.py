@@ -20,6 +20,7 @@ from pathlib import Path
 from tuner.files import atomic_write_text
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+NONE = "no GPU"
 
 
 def device() -> str:
@@ -30,7 +31,7 @@ def device() -> str:
     try:
         lines = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
-        return f"no GPU, {platform.machine()}"
+        return f"{NONE}, {platform.machine()}"
     return "; ".join(line for line in lines if line)
 
 
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("title")
     parser.add_argument("command", nargs="+", help="after --")
     options = parser.parse_args()
+    if device().startswith(NONE):
+        parser.error("there is no GPU here (nvidia-smi finds none)")
     sys.exit(record(options.page, options.title, options.command))
 
 
