@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tuner.builtin.datasets.decode import decode_file
 from tuner.builtin.epochs.plan import Plan
-from tuner.data.encode import CachedData
+from tuner.data.cached import CachedData
 from tuner.data.loader import Loader
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Framing, Prepared, Sample, View

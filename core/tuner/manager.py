@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tuner.plugin import AnyPlugin
     from tuner.run import Run
 
-USUAL = {"prepare_data": "datasets", "plan_epochs": "epochs"}
+USUAL = {"prepare_data": "datasets", "plan_epochs": "epochs", "fill_cache": "encoding"}
 """Who answers the required hooks that are no model family's."""
 _SPECS = {name: tuple(inspect.signature(getattr(HookSpecs, name)).parameters)[1:] for name in hook_names()}
 """Hook name to its argument names."""
@@ -87,17 +87,15 @@ class Manager(pluggy.PluginManager):
                 answers.append((name, _exhausted(answer, hook_name, name)))
         return answers
 
-    def notify(self, hook_name: str, **arguments: Any) -> list[tuple[str, Exception]]:
-        """Call a hook of every plugin, whatever another one raises: (plugin name, error) for each one that failed."""
+    def notify(self, hook_name: str, run: Run, **arguments: Any) -> None:
+        """Call a hook of every plugin, whatever another one raises: that is logged with the plugin's name."""
         names = self.answering(hook_name)
-        failed: list[tuple[str, Exception]] = []
         for name in names:
             others = [self.get_plugin(other) for other in names if other != name]
             try:
-                self.subset_hook_caller(hook_name, others)(**arguments)
+                self.subset_hook_caller(hook_name, others)(run=run, **arguments)
             except Exception as error:
-                failed.append((name, error))
-        return failed
+                run.log.warning("plugin %r failed in %s: %s", name, hook_name, error)
 
     def registry(self, hook_name: str, run: Run) -> dict[str, Any]:
         """Merge the mappings that a hook's answers are. Raises PluginError when one name is offered twice."""

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner import attention, output, processes, workload
 from tuner.train import checkpoint, optimizers, schedules
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
-    from tuner.data.encode import CachedData
+    from tuner.data.cached import CachedData
     from tuner.data.order import Order
     from tuner.data.samples import Prepared
     from tuner.manager import Manager
@@ -42,7 +42,7 @@ class Survey:
 
 
 def survey(assembly: Assembly) -> Survey:
-    """Configure the plugins, describe the model, look at the data, and plan the epochs of a run in one process.
+    """Configure the plugins, describe the model, look at the data, and plan the epochs.
 
     Raises the first ConfigError, ModelError or DataError that the user can mend.
     """
@@ -51,7 +51,6 @@ def survey(assembly: Assembly) -> Survey:
     from tuner.data import compression
 
     run = new_run(assembly)
-    run.process_index, _ = processes.launched()
     run.optimizers = assembly.manager.registry("optimizers", run)
     run.lr_curves = assembly.manager.registry("lr_curves", run)
     optimizers.check(run)
@@ -65,7 +64,7 @@ def survey(assembly: Assembly) -> Survey:
     run.trained_shape = _most_frequent_shape(prepared)
     wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
     prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
-    plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=1)
+    plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=run.process_count)
     run.total_steps = schedules.total_steps(run.config, plan)
     hook.data_ready(run=run, spec=spec, data=prepared, plan=plan)
     return Survey(run, spec, prepared, plan, run.total_steps)
@@ -153,25 +152,23 @@ def _ended(assembly: Assembly, run: Run) -> Iterator[list[Path]]:
         failure = error
         raise
     finally:
-        facts = {"run": run, "checkpoint": saved[0] if saved else None, "error": failure}
-        for name, fault in assembly.manager.notify("on_run_end", **facts):
-            run.log.warning("plugin %r failed in on_run_end: %s", name, fault)
+        facts: dict[str, Any] = {"run": run, "checkpoint": saved[0] if saved else None, "error": failure}
+        assembly.manager.notify("on_run_end", **facts)
 
 
 def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = False) -> tuple[CachedData, Order]:
     """Fill the cache and let the plugins read what they asked for; the plan without what could not be encoded."""
-    from tuner.data.encode import build_cache
-
     hook = assembly.manager.hook
     with processes.together():
         extra = extra_captions(assembly, found.run)
-    cached = build_cache(found.run, model, hook, found.prepared, extra, verify=verify)
+    facts = {"run": found.run, "model": model, "data": found.prepared, "captions": extra}
+    cached: CachedData = hook.fill_cache(**facts, hooks=hook, verify=verify)
     found.run.text_cache, found.run.cached = cached.text, cached
     if cached.prepared is not found.prepared:
         with processes.together():
-            facts = {"run": found.run, "spec": found.spec, "data": cached.prepared}
-            plan = hook.plan_epochs(**facts, processes=found.run.process_count)
-            hook.data_ready(**facts, plan=plan)
+            left = {"run": found.run, "spec": found.spec, "data": cached.prepared}
+            plan = hook.plan_epochs(**left, processes=found.run.process_count)
+            hook.data_ready(**left, plan=plan)
         return cached, plan
     return cached, found.plan
 

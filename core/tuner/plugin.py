@@ -104,6 +104,17 @@ class Plugin(Generic[C]):
         """
         return False
 
+    def saves_at(self, step: int, epoch: int) -> bool:
+        """Whether a checkpoint is wanted after this optimizer step, beside the run's own; arguments as above.
+
+        Asked once a step on every process; one that says yes is enough.
+        """
+        return False
+
+    def stops_at(self, step: int, epoch: int) -> bool:
+        """Whether the run is to end after this optimizer step, with everything saved; arguments as above."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint: a flat dict of tensors and JSON values. Empty for most plugins."""
         return {}

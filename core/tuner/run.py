@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tuner.blocks import TokenSelector
     from tuner.config.keys import CoreConfig
-    from tuner.data.encode import CachedData
+    from tuner.data.cached import CachedData
     from tuner.data.samples import Bucket
     from tuner.data.source import Source
     from tuner.model import Batch, Loss, Model, Network, Sink
@@ -52,6 +52,8 @@ class Run:
     """Optimizer steps done."""
     total_steps: int = 0
     """Optimizer steps of the whole run; set once the epochs are planned."""
+    variant: str = ""
+    """Which weights are in place while a run is validated or saved (see the hook ``weight_variants``)."""
     estimate: Callable[[NetworkSpec, Bucket, int], Workload] | None = None
     """What a step costs: the workload of a network on so many clips of a bucket at once; set once the model is
     described."""

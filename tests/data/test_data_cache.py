@@ -16,9 +16,10 @@ import torch
 
 from tuner.builtin.datasets.decode import decode
 from tuner.builtin.datasets.prepare import Prepared, prepare
+from tuner.builtin.encoding.fill import build_cache
 from tuner.config.keys import CoreConfig
-from tuner.data import encode
-from tuner.data.encode import CachedData, build_cache, video_key
+from tuner.data import cached as encode
+from tuner.data.cached import CachedData, video_key
 from tuner.data.fingerprint import fingerprint
 from tuner.data.store import Store
 from tuner.errors import DataError, ModelError

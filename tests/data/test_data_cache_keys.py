@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tuner.config.keys import CoreConfig
-from tuner.data.encode import text_key, video_key
+from tuner.data.cached import text_key, video_key
 from tuner.data.fingerprint import fingerprint
 from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.model import Model

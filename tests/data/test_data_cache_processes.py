@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from tuner import processes
 from tuner.builtin.datasets.prepare import Prepared, prepare
+from tuner.builtin.encoding.fill import build_cache
 from tuner.config.keys import CoreConfig
-from tuner.data.encode import build_cache
 from tuner.data.store import Store
 from tuner.errors import ConfigError, DataError
 from tuner.run import Run

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.encoding.fill import build_cache
 from tuner.data import stamps
-from tuner.data.encode import build_cache
 from tuner.data.stamps import Stamp, Stamps
 from tuner.data.store import Store, make_key
 from tuner.errors import DataError

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
-from tuner.data.encode import build_cache
+from tuner.builtin.encoding.fill import build_cache
+from tuner.builtin.encoding.writing import Writer
 from tuner.data.store import Store, make_key
-from tuner.data.writing import Writer
 from tuner.errors import DataError
 from tuner.run import Run
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.encoding.fill import build_cache
 from tuner.builtin.epochs.plan import Plan
 from tuner.config.keys import CoreConfig
-from tuner.data.encode import CachedData, build_cache
+from tuner.data.cached import CachedData
 from tuner.data.loader import Loader, collate_text
 from tuner.errors import DataError
 from tuner.run import Run

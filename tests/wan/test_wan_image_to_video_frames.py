@@ -14,11 +14,11 @@ from PIL import Image
 from tuner.builtin.datasets.images import image_cache
 from tuner.builtin.datasets.prepare import prepare
 from tuner.builtin.datasets.reading import read_datasets
+from tuner.builtin.encoding.clips import read_clip
 from tuner.builtin.sampling.images import chosen_pictures, starting_samples
 from tuner.builtin.sampling.prompts import Prompt
 from tuner.builtin.sampling.settings import Settings
 from tuner.config.keys import CoreConfig
-from tuner.data.clips import read_clip
 from tuner.data.samples import Prepared, Sample
 from tuner.errors import ConfigError, DataError
 from tuner.run import Run

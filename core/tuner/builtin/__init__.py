@@ -4,6 +4,7 @@ BUILTINS = {
     "checkpointing": "tuner.builtin.checkpointing:CheckpointingPlugin",
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
+    "encoding": "tuner.builtin.encoding:EncodingPlugin",
     "epochs": "tuner.builtin.epochs:EpochsPlugin",
     "exact_attention": "tuner.builtin.exact_attention:ExactAttentionPlugin",
     "full": "tuner.builtin.full:FullPlugin",

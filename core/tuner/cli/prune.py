@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner import pipeline
-from tuner.data.encode import entries_in_use, entry_keys
+from tuner.data.cached import entries_in_use, entry_keys
 from tuner.data.store import PACKED_SUFFIX, SUFFIX, Store
 from tuner.files import TEMPORARY
 from tuner.train.engine import Engine

@@ -15,9 +15,11 @@ from tuner.hookspecs.training import TrainingHooks
 
 __all__ = ["PROJECT", "REQUIRED", "SINGLE", "HookSpecs", "hook_names", "hookimpl", "hookspec"]
 
-REQUIRED = frozenset({"describe_model", "prepare_data", "plan_epochs", "load_model", "encode_batch", "compute_loss"})
-"""Hooks with exactly one answer: a model family's, and those of the built-in ``datasets`` and ``epochs``."""
-SINGLE = REQUIRED | {"gradient_release", "route_tokens"}
+REQUIRED = frozenset(
+    {"describe_model", "prepare_data", "plan_epochs", "load_model", "fill_cache", "encode_batch", "compute_loss"}
+)
+"""Hooks with exactly one answer: a model family's, and those of the built-in datasets, epochs and encoding."""
+SINGLE = REQUIRED | {"gradient_release", "route_tokens", "weight_variants"}
 """Hooks with at most one answer."""
 
 

@@ -4,12 +4,14 @@
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs.markers import hookspec
 
 if TYPE_CHECKING:
+    from tuner.data.cached import CachedData
+    from tuner.data.samples import Prepared
     from tuner.model import EncodeBatch, Encoded, Model, Transform
     from tuner.run import Run
 
@@ -83,6 +85,25 @@ class ModelHooks:
             @hookimpl
             def extra_captions(self, run):
                 return [run.config.validation_prompt]
+        """
+
+    @hookspec(firstresult=True)
+    def fill_cache(
+        self, run: Run, model: Model, data: Prepared, captions: Sequence[str], hooks: Any, verify: bool
+    ) -> CachedData:
+        """Encode what the cache lacks, and say where everything is.
+
+        Called: one, before training, and by ``tuner cache``, on every process.
+        Arguments: ``run``; ``model``; ``data``, as ``prepare_data`` answered; ``captions``, to encode beside the data's
+        own; ``hooks``, which has ``encode_batch``; ``verify``: read every entry again.
+        Returns: a CachedData (``tuner.data.cached``), whose samples are those that could be encoded.
+
+        Example::
+
+            @hookimpl
+            def fill_cache(self, run, model, data, captions, hooks, verify):
+                from my_cache.fill import fill
+                return fill(run, model, data, captions, hooks)
         """
 
     @hookspec(firstresult=True)

@@ -4,7 +4,8 @@
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,58 @@ class TrainingHooks:
         """
 
     @hookspec
+    def log_metrics(self, run: Run, line: Mapping[str, Any]) -> Mapping[str, float]:
+        """Add numbers to a line of the local log.
+
+        Called: all, on the main process, before a line is written, after ``on_step_end`` of its step.
+        Arguments: ``run``; ``line``, as it is so far (see ``on_log``).
+        Returns: name -> number, named ``plugin/key``; empty for none.
+
+        Example::
+
+            @hookimpl
+            def log_metrics(self, run, line):
+                return {"speed/samples_per_second": line["samples"] / line["seconds"]}
+        """
+
+    @hookspec
+    def on_log(self, run: Run, line: Mapping[str, Any]) -> None:
+        """A line was written to the local log.
+
+        Called: all, on the main process, for every line of ``train.jsonl``, after ``on_step_end`` of its step.
+        Arguments: ``run``; ``line``, its numbers and words: ``step``, ``epoch``, ``loss``, ``grad_norm``,
+        ``learning_rate``, ``samples``, ``seconds``, ``peak_memory_bytes`` where the device counts it, what
+        ``compute_loss`` measured, and ``plugin/key`` of a validation.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_log(self, run, line):
+                self.tracker.log(line)
+        """
+
+    @hookspec(firstresult=True)
+    def weight_variants(
+        self, run: Run, model: Model, purpose: str
+    ) -> Mapping[str, Callable[[], AbstractContextManager[None]]] | None:
+        """Offer other weights beside the trained ones, such as their average.
+
+        Called: at most one answers, before every validation (``purpose`` is ``validate``) and every checkpoint
+        (``save``), on every process. The variants are put in place in turn: ``run.variant`` is then the name, metrics
+        of ``validate`` are reported as ``plugin/key@name``, and ``save`` writes into a folder of that name.
+        Arguments: ``run``; ``model``; ``purpose``.
+        Returns: name -> what puts these weights in place while it is entered, and the trained ones back bit for bit.
+        The name ``""`` is the trained weights themselves; without it they are left out. None is the trained ones alone.
+
+        Example::
+
+            @hookimpl
+            def weight_variants(self, run, model, purpose):
+                return {"": nullcontext, "ema": lambda: swapped(model, self.averages)}
+        """
+
+    @hookspec
     def memory_advice(self, run: Run, model: Model) -> Iterable[str]:
         """Say what would make this run need less memory.
 
@@ -156,6 +209,21 @@ class TrainingHooks:
         """
 
     @hookspec
+    def on_validation(self, run: Run, plugin: str, validation: Validation) -> None:
+        """A plugin answered ``validate``.
+
+        Called: all, on the main process, for each answer; ``run.variant`` names the weights it is about.
+        Arguments: ``run``; ``plugin``, the name of the one that answered; ``validation``, its metrics and media.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_validation(self, run, plugin, validation):
+                self.tracker.log_media(validation.media, step=run.step)
+        """
+
+    @hookspec
     def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
         """Write what people use elsewhere: LoRA files, exported weights.
 
@@ -170,6 +238,21 @@ class TrainingHooks:
                 path = directory / "notes.txt"
                 path.write_text(f"step {run.step}")
                 return [path]
+        """
+
+    @hookspec
+    def on_checkpoint(self, run: Run, checkpoint: Path) -> None:
+        """A checkpoint is whole and on the disk.
+
+        Called: all, on the main process, after each checkpoint; it may be pruned later.
+        Arguments: ``run``; ``checkpoint``, its folder.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_checkpoint(self, run, checkpoint):
+                self.uploads.put(checkpoint)
         """
 
     @hookspec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner import pipeline, transforms
 from tuner.assembly import assemble
-from tuner.data.encode import build_cache
+from tuner.builtin.encoding.fill import build_cache
 from tuner.data.loader import Loader
 from tuner.train.engine import Engine
 from tuner.train.session import Session

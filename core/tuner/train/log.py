@@ -26,9 +26,9 @@ class StepLog:
         atomic_write_text(self.path, "".join(kept))
         self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and hand it to the operating system, so that a killed process loses none."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:

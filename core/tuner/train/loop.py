@@ -104,12 +104,16 @@ def _asking(session: Session) -> list[str]:
 def _report(session: Session, log: StepLog, result: StepResult, more: Mapping[str, float]) -> None:
     """The step's line in the log, and the plugins that listen."""
     run = session.run
-    if len(more) > 1 or _due(run.step, run.config.logging_steps) or run.step == session.total:
-        log.write(run.step, {**_line(session, result), **more})
     measured = {name: getattr(result, name) for name in ("loss", "grad_norm", "learning_rate", "samples")}
     metrics = {**measured, "seconds": more["seconds"], **result.metrics}
-    for name, error in session.manager.notify("on_step_end", run=run, model=session.model, metrics=metrics):
-        run.log.warning("plugin %r failed in on_step_end: %s", name, error)
+    session.manager.notify("on_step_end", run=run, model=session.model, metrics=metrics)
+    if len(more) == 1 and not _due(run.step, run.config.logging_steps) and run.step != session.total:
+        return
+    line = {"step": run.step, **_line(session, result), **more}
+    for added in session.manager.hook.log_metrics(run=run, line=line):
+        line |= added
+    log.write(line)
+    session.manager.notify("on_log", run=run, line=line)
 
 
 def _line(session: Session, result: StepResult) -> dict[str, Any]:

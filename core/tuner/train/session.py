@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tuner import variants
 from tuner.attention import Attention
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
@@ -103,8 +104,12 @@ class Session:
         for network in self.trained:
             state.save_network(network, self.optimizers[network.name], directory)
         state.save_plugins(self.run.plugins, directory)
+        found = variants.offered(self.run, self.model, self.manager, "save")
         with optimizers.averaged(self.optimizers.values()):
-            self.manager.hook.save(run=self.run, model=self.model, directory=directory)
+            for name in found:
+                (directory / name).mkdir(exist_ok=True)
+                with variants.in_place(self.run, found, name):
+                    self.manager.hook.save(run=self.run, model=self.model, directory=directory / name)
 
     def restore(self, directory: Path) -> None:
         """Take everything back from a whole checkpoint. Raises CheckpointError when it does not fit."""

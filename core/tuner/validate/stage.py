@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from tuner import variants
 from tuner.attention import Attention
 from tuner.attention_switch import validation_backend
 from tuner.blocks import StepContext
@@ -29,6 +30,8 @@ def validate(
 ) -> dict[str, float]:
     """Ask every plugin what it sees, with ``attention``'s kernel; returns the numbers as ``plugin/key``.
 
+    Other weights than the trained ones are looked at in turn: ``plugin/key@name``.
+
     ``asked``: names of the plugins to ask; None is all.
     """
     with ExitStack() as stack:
@@ -37,13 +40,25 @@ def validate(
         for network in model.networks.values():
             if attention is not None:
                 stack.enter_context(validation_backend(network, attention.inference))
-        answers = manager.collect("validate", only=asked, run=run, model=model)
-    return {
-        f"{plugin}/{key}": float(value)
-        for plugin, answer in answers
-        if answer is not None
-        for key, value in answer.metrics.items()
-    }
+        metrics: dict[str, float] = {}
+        found = variants.offered(run, model, manager, "validate")
+        for name in found:
+            with variants.in_place(run, found, name):
+                metrics |= _asked(run, model, manager, asked)
+    return metrics
+
+
+def _asked(run: Run, model: Model, manager: Manager, asked: Collection[str] | None) -> Mapping[str, float]:
+    """What the plugins see in the weights that are in place; whoever listens is told."""
+    mark = f"@{run.variant}" if run.variant else ""
+    metrics: dict[str, float] = {}
+    for plugin, answer in manager.collect("validate", only=asked, run=run, model=model):
+        if answer is None:
+            continue
+        metrics |= {f"{plugin}/{key}{mark}": float(value) for key, value in answer.metrics.items()}
+        if run.is_main:
+            manager.notify("on_validation", run=run, plugin=plugin, validation=answer)
+    return metrics
 
 
 @contextmanager
