@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tuner import processes
 from tuner.config import warnings
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
@@ -81,7 +82,8 @@ def assemble(
 
 def new_run(assembly: Assembly) -> Run:
     """A fresh Run of an assembly, without device and model spec."""
-    return Run(assembly.core, assembly.plugins, assembly.explicit)
+    index, count = processes.launched()
+    return Run(assembly.core, assembly.plugins, assembly.explicit, process_index=index, process_count=count)
 
 
 def selection_of(

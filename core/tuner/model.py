@@ -69,6 +69,13 @@ class Adapter:
     None where there is no way back to the base, as in training the network itself."""
 
 
+class Sharding(Protocol):
+    """A network whose parameters are spread over the processes, each forward of which needs every process."""
+
+    def synchronise(self, last: bool) -> None:
+        """Called before each micro-batch: the gradients are summed over the processes after the ``last`` of a step."""
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a learning rate scale and a weight decay setting, named for logs and errors."""
@@ -115,6 +122,8 @@ class Network:
     attention_processors: Callable[[], Iterable[Any]] = tuple
     """Objects with diffusers' ``_attention_backend`` attribute, one per attention of the denoiser."""
     residency: Residency | None = None
+    sharding: Sharding | None = None
+    """Where each process holds a part of the parameters; None where all hold them whole."""
     checkpointing: Checkpointing | None = None
     """Another policy than keeping the blocks' inputs, where a transform put one."""
     adapter: Adapter | None = None

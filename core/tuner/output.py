@@ -6,29 +6,39 @@ import fcntl
 import json
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from tuner import __version__
+from tuner import __version__, processes
 from tuner.errors import CheckpointError
 from tuner.train.checkpoint import without_secrets
 
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.pipeline import Survey
+    from tuner.run import Run
 
 LOCK = ".tuner-lock"
 RECORDED = ("accelerate", "diffusers", "peft", "safetensors", "torch", "transformers")
 
 
 @contextmanager
-def lock(output_dir: Path) -> Iterator[None]:
-    """Keep a second run out of the folder while this one is alive; the system frees it when the process dies.
+def lock(run: Run) -> Iterator[None]:
+    """Keep a second run out of the output folder while this one is alive; the system frees it when the process dies.
+
+    Of several processes the main one holds it.
 
     Raises CheckpointError when another run holds it or the folder cannot be written.
     """
+    with processes.together():
+        held = _hold(run.output_dir) if run.is_main else nullcontext()
+    with held:
+        yield
+
+
+def _hold(output_dir: Path) -> IO[str]:
     path = output_dir / LOCK
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -39,16 +49,16 @@ def lock(output_dir: Path) -> Iterator[None]:
             where=output_dir,
             remedy="choose another output_dir",
         ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                "another run is at work in this output folder",
-                where=output_dir,
-                remedy="wait for it, or choose another output_dir",
-            ) from None
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise CheckpointError(
+            "another run is at work in this output folder",
+            where=output_dir,
+            remedy="wait for it, or choose another output_dir",
+        ) from None
+    return file
 
 
 def manifest(assembly: Assembly, found: Survey) -> dict[str, Any]:

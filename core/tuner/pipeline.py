@@ -108,7 +108,7 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
     with processes.joined():
         with processes.together():
             found = survey(assembly)
-        Engine(found.run, several=True)
+        Engine(found.run)
         with processes.together():
             model: Model = assembly.manager.hook.load_model(run=found.run)
         _encode(assembly, found, model, verify=verify)
@@ -116,23 +116,30 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
 
 def run(assembly: Assembly) -> None:
     """The whole job. Raises TunerError for whatever a user can mend."""
+    with processes.joined():
+        _run(assembly)
+
+
+def _run(assembly: Assembly) -> None:
+    """The job of one process."""
     from tuner import transforms
     from tuner.train import turns
     from tuner.train.engine import Engine
 
-    with processes.joined(), processes.together():
-        processes.refuse_several()
-    found = survey(assembly)
-    resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
+    with processes.together():
+        found = survey(assembly)
+        resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
     if resume is not None and resume[1]["step"] >= found.total:
-        print(f"nothing to train: {resume[0]} is at step {found.total} of it; raise max_train_steps to go on")
+        if found.run.is_main:
+            print(f"nothing to train: {resume[0]} is at step {found.total} of it; raise max_train_steps to go on")
         assembly.manager.notify("on_run_end", run=found.run, checkpoint=resume[0], error=None)
         return
-    with output.lock(found.run.output_dir), _ended(assembly, found.run) as ended:
-        engine = Engine(found.run)
-        optimizers.rehearse(found.run, engine.device)
-        model: Model = assembly.manager.hook.load_model(run=found.run)
-        edits = transforms.collect(found.run, model, assembly.manager)
+    with output.lock(found.run), _ended(assembly, found.run) as ended:
+        with processes.together():
+            engine = Engine(found.run)
+            optimizers.rehearse(found.run, engine.device)
+            model: Model = assembly.manager.hook.load_model(run=found.run)
+            edits = transforms.collect(found.run, model, assembly.manager)
         cached, plan = _encode(assembly, found, model)
         for network in model.networks.values():
             transforms.prepare(found.run, network, edits)

@@ -26,27 +26,34 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def refuse_several() -> None:
-    """Raise ConfigError where more than one process was launched."""
+def refuse_several(what: str) -> None:
+    """Raise ConfigError where more than one process was launched for ``what``."""
     _, count = launched()
     if count > 1:
-        raise ConfigError(
-            f"{count} processes were launched, and several devices are not supported yet",
-            remedy="start one process; only `tuner cache` may be spread over several",
-        )
+        raise ConfigError(f"{count} processes were launched, and {what} is for one", remedy="start one process")
 
 
 @contextmanager
 def joined() -> Iterator[None]:
     """Connected with the other processes of the launch, where there are any, until the outermost block ends."""
-    if launched()[1] == 1 or _are_several():
+    if launched()[1] == 1 or are_several():
         yield
         return
+    import torch
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=PATIENCE)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
         yield
+    except BaseException as error:
+        # Whoever waits for a process that has ended hears of a lost connection: that one says why.
+        if isinstance(error, RuntimeError) and _store().check([FAILED]):
+            raise FailedElsewhere("another process of this run failed") from error
+        _store().set(FAILED, b"1")
+        raise
     finally:
         distributed.destroy_process_group()
 
@@ -58,7 +65,7 @@ def together() -> Iterator[None]:
     The process at fault raises its own error (of several, the first process), the others FailedElsewhere. The
     block must not exchange anything itself.
     """
-    if not _are_several():
+    if not are_several():
         yield
         return
     failure: Exception | None = None
@@ -76,19 +83,31 @@ def together() -> Iterator[None]:
 
 def stop_if_one_failed() -> None:
     """Raise FailedElsewhere when another process has failed inside the same :func:`together`. Costs next to nothing."""
-    if _are_several() and _store().check([FAILED]):
+    if are_several() and _store().check([FAILED]):
         raise FailedElsewhere("another process of this run failed")
 
 
 def gather(value: T) -> list[T]:
     """What each process has for ``value``, in their order. Every process must call it."""
-    if not _are_several():
+    if not are_several():
         return [value]
     from torch import distributed
 
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Which of ``flags`` are true in at least one process. Every process must call it; it touches no device."""
+    if not are_several():
+        return flags
+    import torch
+    from torch import distributed
+
+    tensor = torch.tensor(flags, dtype=torch.uint8)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    return tuple(map(bool, tensor.tolist()))
 
 
 def _index() -> int:
@@ -98,7 +117,8 @@ def _index() -> int:
     return distributed.get_rank()
 
 
-def _are_several() -> bool:
+def are_several() -> bool:
+    """Whether this process is connected with others."""
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()

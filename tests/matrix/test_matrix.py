@@ -28,6 +28,7 @@ from tuner.testing.compatibility import (
     trained_together,
 )
 from tuner.testing.opened import opened
+from tuner.train import state
 from tuner.train.session import Session
 from tuner.train.step import train_step
 from tuner_wan.tiny import build_tiny
@@ -94,7 +95,8 @@ def train(bench: Bench):
             after = network.adapter.state()
             saved = bench.folder / "saved" / str(steps.cache_info().misses)
             saved.mkdir(parents=True)
-            session.save_into(saved)
+            state.write_all(saved, session.contents())
+            session.export_into(saved)
             check_saved(saved, names)
             changed = sum(not torch.equal(before[name], after[name]) for name in before)
             return Trained(*zip(*done, strict=True), changed, len(before))

@@ -57,7 +57,7 @@ def test_it_trains_and_a_checkpoint_in_between_changes_nothing(session, tmp_path
         half = train(session, 0, 3)
         rates = [float(group["lr"]) for group in session.optimizers[network.name].param_groups]
         assert rates == pytest.approx([session.learning_rate(network.name)] * len(rates))
-        state.save_network(network, session.optimizers[network.name], tmp_path)
+        state.write_all(tmp_path, state.of_network(network, session.optimizers[network.name]))
         whole = train(session, 3, 4)
         fresh(begin)
         state.load_network(network, session.optimizers[network.name], tmp_path)

@@ -117,7 +117,7 @@ def test_no_secret_reaches_a_manifest():
 
 def test_tensors_and_numbers_survive_without_pickle(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.arange(4)}
-    state.write(tmp_path / "x.safetensors", tensors, {"step": 7, "rate": 0.1})
+    state.write(tmp_path / "x.safetensors", state.Contents(tensors, {"step": 7, "rate": 0.1}))
     read, numbers = state.read(tmp_path / "x.safetensors")
     assert numbers == {"step": 7, "rate": 0.1}
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)

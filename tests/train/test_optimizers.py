@@ -141,7 +141,7 @@ def test_its_state_resumes_exactly(tmp_path: Path, name: str) -> None:
     whole, first = Holder(name), Holder(name)
     whole.step(0, 6)
     first.step(0, 3)
-    state.save_network(first, first.optimizer, tmp_path)  # type: ignore[arg-type]
+    state.write_all(tmp_path, state.of_network(first, first.optimizer))  # type: ignore[arg-type]
     second = Holder(name)
     state.load_network(second, second.optimizer, tmp_path)  # type: ignore[arg-type]
     assert equal(second, first)
@@ -236,7 +236,7 @@ def test_steps_in_backward_are_the_steps_after_it(tmp_path: Path, name: str) -> 
     after, first = Holder(name), Holder(name, released=True)
     after.step(0, 6)
     first.step(0, 3)
-    state.save_network(first, first.optimizer, tmp_path)  # type: ignore[arg-type]
+    state.write_all(tmp_path, state.of_network(first, first.optimizer))  # type: ignore[arg-type]
     second = Holder(name, released=True)
     state.load_network(second, second.optimizer, tmp_path)  # type: ignore[arg-type]
     second.step(3, 6)
@@ -250,7 +250,7 @@ def test_what_a_library_counts_in_groups_is_not_given_to_other_groups(
     before, after = Holder("adamw_schedulefree"), Holder("adamw_schedulefree", released=True)
     after.step(0, 1)
     before.step(0, 3)
-    state.save_network(after, after.optimizer, tmp_path)  # type: ignore[arg-type]
+    state.write_all(tmp_path, state.of_network(after, after.optimizer))  # type: ignore[arg-type]
     plain = Holder("adamw_schedulefree")
     state.load_network(plain, plain.optimizer, tmp_path)  # type: ignore[arg-type]
     assert not caplog.text, "as many groups: two of one tensor each"

@@ -61,7 +61,7 @@ def _prune(assembly: Assembly, dry_run: bool, yes: bool) -> None:
 
 def _check_flags(verify: bool, prune: bool, dry_run: bool, yes: bool) -> None:
     if prune:
-        processes.refuse_several()
+        processes.refuse_several("`tuner cache --prune`")
     if not prune and (dry_run or yes):
         raise ConfigError(f"{'--dry-run' if dry_run else '--yes'} goes with --prune", where="command line")
     if prune and verify:

@@ -19,7 +19,7 @@ PRELOAD = (
     "tuner.pipeline",
     "tuner.assembly",
     "tuner.train.loop",
-    "tuner.data.encode",
+    "tuner.builtin.encoding.fill",
 )
 
 

@@ -25,17 +25,10 @@ DTYPES = {"bf16": torch.bfloat16, "no": torch.float32}
 class Engine:
     """Devices and precision of this process."""
 
-    def __init__(self, run: Run, *, several: bool = False) -> None:
-        """Take a device, and tell ``run``.
-
-        Arguments
-            several: this may be one of several processes, which are connected already (``tuner.processes``).
-        Raises ConfigError when it is and may not be.
-        """
+    def __init__(self, run: Run) -> None:
+        """Take a device, and tell ``run``. Several processes are connected already (``tuner.processes``)."""
         from accelerate import Accelerator
 
-        if not several:
-            processes.refuse_several()
         # Without being told, Accelerate takes every process on a machine without a GPU for the only one.
         cpu = processes.launched()[1] > 1 and not torch.accelerator.is_available()
         self.accelerator: Accelerator = Accelerator(mixed_precision="no", device_placement=False, cpu=cpu)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner.errors import Stopped, TrainingError
+from tuner import processes
+from tuner.errors import FailedElsewhere, Stopped, TrainingError
 from tuner.train import checkpoint, memory, optimizers
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
+from tuner.train.saving import Saving
 from tuner.train.session import Session
 from tuner.train.step import StepResult, train_step
 from tuner.validate.stage import validate
@@ -23,21 +26,29 @@ def train(session: Session) -> Path:
 
     Validation comes before the checkpoint of the same step: a run killed in between repeats it.
     """
-    run, config = session.run, session.run.config
-    log = StepLog(run.output_dir, resumed_at=run.step)
+    run = session.run
+    log = StepLog(run.output_dir, resumed_at=run.step) if run.is_main else None
+    saving = Saving(session)
     session.manager.hook.on_train_start(run=run, model=session.model)
     saved: Path | None = None
+    stopping = False
     with watch() as interrupt:
-        while run.step < session.total and interrupt.requested is None:
+        while run.step < session.total and not stopping:
             try:
                 _iterate(session, log)
-                if run.step == session.total or interrupt.requested or _due(run.step, config.checkpoint_step_interval):
-                    saved = save(session)
+                stopping, wanted = _asked_for(session, interrupt)
+                if stopping or wanted or run.step == session.total:
+                    with session.timed("save"):
+                        saved = saving.start()
+                saving.look()
             except Exception as error:
                 if not memory.is_out_of_memory(error):
+                    saving.abandon()
                     raise
-                raise _out_of_memory(session, error) from None
-    log.close()
+                raise _out_of_memory(session, saving, error) from None
+        saving.finish()
+    if log is not None:
+        log.close()
     if run.step < session.total:
         raise _stopped(session, interrupt, saved)
     session.manager.hook.on_train_end(run=run, model=session.model)
@@ -45,7 +56,17 @@ def train(session: Session) -> Path:
     return saved
 
 
-def _iterate(session: Session, log: StepLog) -> None:
+def _asked_for(session: Session, interrupt: Interrupt) -> tuple[bool, bool]:
+    """Whether to stop after this step, and whether to save; one process that says so is enough."""
+    run, ended = session.run, _epoch_ended(session)
+    plugins = run.plugins.values()
+    stop = interrupt.requested is not None or any(each.stops_at(run.step, ended) for each in plugins)
+    wanted = any(each.saves_at(run.step, ended) for each in plugins)
+    stop, save = processes.any_of(stop, wanted or _due(run.step, run.config.checkpoint_step_interval))
+    return stop, save
+
+
+def _iterate(session: Session, log: StepLog | None) -> None:
     """One step, its validation if one is due, and its line in the log, which is written even where that fails."""
     run, config = session.run, session.run.config
     began = time.perf_counter()
@@ -57,13 +78,13 @@ def _iterate(session: Session, log: StepLog) -> None:
     metrics: dict[str, float] = {}
     try:
         if asked is None or asked:
-            with optimizers.averaged(session.optimizers.values()):
+            with session.timed("validate"), optimizers.averaged(session.optimizers.values()):
                 metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
     finally:
         _report(session, log, result, {"seconds": round(seconds, 4), **metrics})
 
 
-def _out_of_memory(session: Session, error: Exception) -> TrainingError:
+def _out_of_memory(session: Session, saving: Saving, error: Exception) -> TrainingError:
     """Let go of the step, save what was done before it, and say what would help."""
     run = session.run
     held = memory.held(session)
@@ -75,19 +96,11 @@ def _out_of_memory(session: Session, error: Exception) -> TrainingError:
         kept = "no step was done"
     else:
         done = checkpoint.folder(run.output_dir, run.step)
-        kept = f"every step that was done is in {done if done.exists() else save(session)}"
+        if not done.exists() and run.process_count == 1:
+            saving.start()
+        kept = f"every step that was done is in {done}"
+    saving.finish()
     return memory.explained(session, error, held, kept)
-
-
-def save(session: Session) -> Path:
-    """Write the checkpoint of this step, then prune the oldest beyond the limit."""
-    run = session.run
-    target = checkpoint.folder(run.output_dir, run.step)
-    with checkpoint.writing(target, {"step": run.step, **session.manifest}) as directory:
-        session.save_into(directory)
-    for path in checkpoint.prune(run.output_dir, run.config.checkpoints_total_limit):
-        run.log.info("removed %s (checkpoints_total_limit %d)", path, run.config.checkpoints_total_limit)
-    return target
 
 
 def _due(step: int, interval: int) -> bool:
@@ -96,20 +109,28 @@ def _due(step: int, interval: int) -> bool:
 
 def _asking(session: Session) -> list[str]:
     """The plugins that want to be asked after this step, beside the run's own validations."""
-    step, epoch_of = session.run.step, session.plan.epoch_of
-    ended = epoch_of(step) if epoch_of(step) > epoch_of(step - 1) else 0
+    step, ended = session.run.step, _epoch_ended(session)
     return [name for name, plugin in session.run.plugins.items() if plugin.validates_at(step, ended)]
 
 
-def _report(session: Session, log: StepLog, result: StepResult, more: Mapping[str, float]) -> None:
+def _epoch_ended(session: Session) -> int:
+    """Epochs done, where this step ended one; else 0."""
+    step, epoch_of = session.run.step, session.plan.epoch_of
+    return epoch_of(step) if epoch_of(step) > epoch_of(step - 1) else 0
+
+
+def _report(session: Session, log: StepLog | None, result: StepResult, more: Mapping[str, float]) -> None:
     """The step's line in the log, and the plugins that listen."""
     run = session.run
     measured = {name: getattr(result, name) for name in ("loss", "grad_norm", "learning_rate", "samples")}
-    metrics = {**measured, "seconds": more["seconds"], **result.metrics}
+    stages = session.take_seconds()
+    metrics = {**measured, "seconds": more["seconds"], "stages": stages, **result.metrics}
     session.manager.notify("on_step_end", run=run, model=session.model, metrics=metrics)
     if len(more) == 1 and not _due(run.step, run.config.logging_steps) and run.step != session.total:
         return
     line = {"step": run.step, **_line(session, result), **more}
+    if log is None:
+        return
     for added in session.manager.hook.log_metrics(run=run, line=line):
         line |= added
     log.write(line)
@@ -125,15 +146,24 @@ def _line(session: Session, result: StepResult) -> dict[str, Any]:
         "samples": result.samples,
         **({"network": session.model.active} if len(session.turns.networks) > 1 else {}),
         **({"skipped": True} if result.skipped else {}),
-        **{name: float(value) for name, value in result.metrics.items()},
+        **_means(result.metrics),
     }
-    peak = session.engine.peak_memory()
-    return line if peak is None else {**line, "peak_memory_bytes": peak}
+    peak = max(processes.gather(session.engine.peak_memory() or 0))
+    return {**line, "peak_memory_bytes": peak} if peak else line
 
 
-def _stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> Stopped:
+def _means(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What ``compute_loss`` measured: the mean over the processes that have it."""
+    everywhere = processes.gather({name: float(value) for name, value in metrics.items()})
+    having = Counter(name for each in everywhere for name in each)
+    return {name: sum(each.get(name, 0.0) for each in everywhere) / count for name, count in having.items()}
+
+
+def _stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> Exception:
+    if not session.run.is_main:
+        return FailedElsewhere("the main process says how to go on")
     return Stopped(
-        f"{interrupt.requested}: training ended after step {session.run.step} of {session.total}",
+        f"{interrupt.requested or 'as asked'}: training ended after step {session.run.step} of {session.total}",
         where=saved,
         remedy="go on with resume_from_checkpoint: latest",
     )

@@ -113,6 +113,11 @@ def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> to
     return optimizer
 
 
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """All that it trains."""
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
 def rehearse(run: Run, device: torch.device) -> None:
     """Make the optimizer over one matrix: what :func:`make` refuses is refused before any weight is read."""
     import torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ from tuner.train.engine import Engine
 from tuner.train.turns import Turns, hand_over
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from tuner.data.loader import Loader
@@ -49,6 +51,9 @@ class Session:
     """Of the networks that are stepped during backward."""
     unchecked: set[str] = field(default_factory=set)
     """Networks whose gradients were not looked at yet."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of this process's clock since they were last taken, by stage: data, forward, backward, device (waiting for it),
+    optimizer, validate, save."""
     stepping: bool = False
     """Whether an optimizer is changing the weights, or was when something went wrong."""
     _resident: str | None = None
@@ -86,6 +91,20 @@ class Session:
         done, total = (self.turns.steps_of(network, step) for step in (self.run.step, self.total))
         return schedules.learning_rate(self.run, done, total)
 
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of the block to ``stage``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
+
+    def take_seconds(self) -> dict[str, float]:
+        """The seconds by stage, which begin anew."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
     def context(self, batch: Batch) -> StepContext:
         """What a training forward of ``batch`` is run with."""
         hook, config, network = self.manager.hook.route_tokens, self.run.config, self.model.network
@@ -99,15 +118,20 @@ class Session:
             forced=batch.forced,
         )
 
-    def save_into(self, directory: Path) -> None:
-        """Write everything a resume needs, and what people use elsewhere, into ``directory``."""
+    def contents(self) -> dict[str, state.Contents]:
+        """Everything a resume needs, by name of its file in the checkpoint; views of what training changes."""
+        contents = state.of_plugins(self.run.plugins)
         for network in self.trained:
-            state.save_network(network, self.optimizers[network.name], directory)
-        state.save_plugins(self.run.plugins, directory)
+            contents |= state.of_network(network, self.optimizers[network.name])
+        return contents
+
+    def export_into(self, directory: Path) -> None:
+        """Let the plugins write what people use elsewhere into ``directory``; the main process has made it."""
         found = variants.offered(self.run, self.model, self.manager, "save")
         with optimizers.averaged(self.optimizers.values()):
             for name in found:
-                (directory / name).mkdir(exist_ok=True)
+                if self.run.is_main:
+                    (directory / name).mkdir(exist_ok=True)
                 with variants.in_place(self.run, found, name):
                     self.manager.hook.save(run=self.run, model=self.model, directory=directory / name)
 

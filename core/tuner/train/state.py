@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,28 @@ def plugin_file(plugin: str) -> str:
     return f"plugin.{plugin}.safetensors"
 
 
-def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
-    """Write the trained tensors and the optimizer state of ``network``."""
+@dataclass(frozen=True)
+class Contents:
+    """What one file of a checkpoint holds."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def copied(self) -> Contents:
+        """The same on the host, in storage that no later step changes."""
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+        return Contents(tensors, json.loads(json.dumps(self.numbers)))
+
+
+def of_network(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, Contents]:
+    """The trained tensors and the optimizer state of ``network``, by name of the file; views of them."""
     assert network.adapter is not None
-    write(directory / adapter_file(network.name), network.adapter.state(), {})
     homes: dict[bool, dict[str, Any]] = {True: {}, False: {KIND: _kind(optimizer)}}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in _flat(values):
@@ -55,7 +74,10 @@ def save_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
         for name, value in optimizers.evolved(group).items():
             homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
     plain, recipes = taken_apart(homes[True])
-    write(directory / optimizer_file(network.name), plain, {**homes[False], **recipes})
+    return {
+        adapter_file(network.name): Contents(network.adapter.state()),
+        optimizer_file(network.name): Contents(plain, {**homes[False], **recipes}),
+    }
 
 
 def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:
@@ -114,17 +136,16 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def save_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> None:
-    """Write the state of every plugin that has one, under the plugin's name."""
+def of_plugins(plugins: Mapping[str, AnyPlugin]) -> dict[str, Contents]:
+    """The state of every plugin that has one, by name of the file."""
+    contents = {}
     for name, plugin in plugins.items():
         state = plugin.state_dict()
         if state:
             tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-            write(
-                directory / plugin_file(name),
-                tensors,
-                {key: value for key, value in state.items() if key not in tensors},
-            )
+            numbers = {key: value for key, value in state.items() if key not in tensors}
+            contents[plugin_file(name)] = Contents(tensors, numbers)
+    return contents
 
 
 def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> list[str]:
@@ -136,14 +157,21 @@ def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> list[str]
     return sorted(saved - set(plugins))
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def write_all(directory: Path, contents: Mapping[str, Contents]) -> None:
+    """Write each file into ``directory``."""
+    for name, each in contents.items():
+        write(directory / name, each)
+
+
+def write(path: Path, contents: Contents) -> None:
     """Write named tensors and JSON values to one safetensors file."""
+    tensors = contents.tensors
     # Some optimizers hold one table for all tensors, and a file holds no two names of one memory.
     uses = Counter(tensor.data_ptr() for tensor in tensors.values())
     save_file(
         {name: each.detach().to("cpu", copy=uses[each.data_ptr()] > 1).contiguous() for name, each in tensors.items()},
         path,
-        metadata={NUMBERS: json.dumps(dict(numbers))},
+        metadata={NUMBERS: json.dumps(dict(contents.numbers))},
     )
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tuner import flow, rng
+from tuner import flow, processes, rng
 from tuner.data.loader import LoadedBatch
-from tuner.errors import TrainingError
-from tuner.model import Batch, Loss
+from tuner.errors import FailedElsewhere, TrainingError
+from tuner.model import Batch, Loss, Network
 from tuner.train import guards, optimizers
+from tuner.train.reduce import sum_over_processes
 from tuner.train.session import Session
 
 
@@ -47,38 +48,61 @@ def train_step(session: Session) -> StepResult:
 
     micro_batches = session.plan.micro_batches(run.step)
     samples = sum(len(each.samples) for each in micro_batches)
-    slots = range(run.process_index, len(micro_batches), run.process_count)
+    slots = _slots(session, network, len(micro_batches))
     total = torch.zeros((), device=session.engine.device)
     seen: list[str] = []
     metrics: dict[str, Tensor] = {}
-    for slot in slots:
-        batch = make_batch(session, session.loader.load(run.step, slot))
-        loss = _loss(session, batch, slot)
+    for number, (slot, counts) in enumerate(slots, start=1):
+        with session.timed("data"):
+            batch = make_batch(session, session.loader.load(run.step, slot))
+        if network.sharding is not None:
+            network.sharding.synchronise(number == len(slots))
+        with session.timed("forward"):
+            loss = _loss(session, batch, slot)
         metrics.update(loss.metrics)
         # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
-        scaled = loss.per_sample.sum() / samples
+        scaled = loss.per_sample.sum() / samples if counts else loss.per_sample.sum() * 0
         session.stepping = release is not None
-        if release is None or math.isfinite(scaled.item()):
-            scaled.backward()  # type: ignore[no-untyped-call]
+        with session.timed("backward"):
+            if release is None or math.isfinite(scaled.item()):
+                scaled.backward()  # type: ignore[no-untyped-call]
         total += scaled.detach()
         seen += batch.sample_ids
     reached = frozenset() if release is None else frozenset(release.reached)
-    if network.name in session.unchecked and (release is None or reached):
+    if slots and network.name in session.unchecked and (release is None or reached):
         guards.check_gradient_coverage(network, reached)
 
+    sum_over_processes([] if network.sharding else optimizers.parameters(optimizer), total)
     norm = clip_gradients(session) if release is None else release.finish()
-    value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+    with session.timed("device"):
+        value, norm_value = torch.stack([total, norm.to(total)]).tolist()
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.unchecked.discard(network.name)
     if finite and release is None:
         session.stepping = True
-        optimizer.step()
+        # Replicas must round alike, where an optimizer rounds at random.
+        rng.seed_global(run.config.seed, "optimizer", run.step)
+        with session.timed("optimizer"):
+            optimizer.step()
     session.stepping = False
     optimizer.zero_grad(set_to_none=True)
     if not finite:
-        _nonfinite(session, value, norm_value, seen, spoilt=bool(reached))
+        everywhere = [sample for part in processes.gather(seen) for sample in part]
+        _nonfinite(session, value, norm_value, everywhere, spoilt=bool(reached))
     return StepResult(value, norm_value, rate, samples, not finite, metrics)
+
+
+def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple[int, bool]]:
+    """The micro-batches of this process, and whether each counts.
+
+    Where the forward of a sharded network needs every process, all do as many: one more that counts nothing.
+    """
+    index, count = session.run.process_index, session.run.process_count
+    slots = [(slot, True) for slot in range(index, micro_batches, count)]
+    if network.sharding is not None and len(slots) < -(-micro_batches // count):
+        slots.append((index % micro_batches, False))
+    return slots
 
 
 def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
@@ -130,18 +154,14 @@ def _loss(session: Session, batch: Batch, slot: int) -> Loss:
 def clip_gradients(session: Session) -> Tensor:
     """Clip as configured; returns the global L2 norm before clipping, on the device."""
     config = session.run.config
-    parameters = [
-        parameter
-        for group in session.optimizers[session.model.network.name].param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
-    norm = nn.utils.get_total_norm([each.grad for each in parameters])
+    trained = optimizers.parameters(session.optimizers[session.model.network.name])
+    parameters = [each for each in trained if each.grad is not None]
+    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     if config.max_grad_norm and config.grad_clip_method == "norm":
         nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
     elif config.max_grad_norm:
         nn.utils.clip_grad_value_(parameters, config.max_grad_norm)
-    return norm
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _nonfinite(session: Session, loss: float, norm: float, samples: list[str], *, spoilt: bool) -> None:
@@ -151,6 +171,8 @@ def _nonfinite(session: Session, loss: float, norm: float, samples: list[str], *
     if session.run.config.nonfinite == "skip" and not spoilt:
         session.run.log.warning("%s; the step was skipped", message)
         return
+    if not session.run.is_main:
+        raise FailedElsewhere(message)
     raise TrainingError(
         message,
         remedy="look at these clips, lower learning_rate, or set nonfinite: skip to leave such steps out; "
