@@ -43,6 +43,8 @@ class Linear:
     outputs: int
     over: Literal["tokens", "text", "image"] = "tokens"
     """What it is applied to: every token of the clip, the text, or the embedding of a frame."""
+    within: tuple[str, ...] = ()
+    """Classes of the modules around it, as adapters' settings name them: of the block, then of what lies in that."""
 
 
 @dataclass(frozen=True)

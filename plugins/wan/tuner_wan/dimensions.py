@@ -10,18 +10,23 @@ IMAGE_DIM = 1280
 """Width of CLIP ViT-H."""
 FREQUENCIES = 256
 """Of the sinusoidal embedding of a time."""
+ATTENTION = ("WanTransformerBlock", "WanAttention")
+FEED_FORWARD = ("WanTransformerBlock", "FeedForward")
 
 
 def linears(dim: int, ffn_dim: int, *, image_context: bool = False) -> tuple[Linear, ...]:
     """The matrices of a block of width ``dim``; with ``image_context`` those of image to video in 2.1, too."""
     projections = ("to_q", "to_k", "to_v", "to_out.0")
-    self_attention = [Linear(f"attn1.{each}", dim, dim) for each in projections]
+    self_attention = [Linear(f"attn1.{each}", dim, dim, within=ATTENTION) for each in projections]
     cross_attention = [
-        Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens") for each in projections
+        Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens", ATTENTION)
+        for each in projections
     ]
     if image_context:
-        cross_attention += [Linear(f"attn2.{each}", dim, dim, "image") for each in ("add_k_proj", "add_v_proj")]
-    feed_forward = [Linear("ffn.net.0.proj", dim, ffn_dim), Linear("ffn.net.2", ffn_dim, dim)]
+        images = ("add_k_proj", "add_v_proj")
+        cross_attention += [Linear(f"attn2.{each}", dim, dim, "image", ATTENTION) for each in images]
+    widths = {"net.0.proj": (dim, ffn_dim), "net.2": (ffn_dim, dim)}
+    feed_forward = [Linear(f"ffn.{each}", *sizes, within=FEED_FORWARD) for each, sizes in widths.items()]
     return (*self_attention, *cross_attention, *feed_forward)
 
 
