@@ -104,7 +104,7 @@ def test_a_full_disk_while_saving_loses_nothing(job, monkeypatch, state_of):
     whole = job.run("disk-whole")
     job.run("disk", max_train_steps=3)
 
-    def full(path, tensors, numbers):
+    def full(path, contents):
         path.write_bytes(b"half a file")
         raise OSError(errno.ENOSPC, "No space left on device")
 

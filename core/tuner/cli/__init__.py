@@ -8,8 +8,9 @@ import traceback
 
 import typer
 
+from tuner import processes
 from tuner.cli import cache, check, plan, plugins, run
-from tuner.errors import FailedElsewhere, TunerError
+from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
     name="tuner",
@@ -54,7 +55,7 @@ def main() -> None:
     except TunerError as error:
         if "--debug" in sys.argv:
             traceback.print_exception(error)
-        else:
+        elif not (isinstance(error, Stopped) and processes.launched()[0] > 0):  # all stop, and one says so
             _print_error(error)
         sys.exit(error.exit_code)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner import processes
-from tuner.errors import FailedElsewhere, Stopped, TrainingError
+from tuner.errors import Stopped, TrainingError
 from tuner.train import checkpoint, memory, optimizers
 from tuner.train.interrupt import Interrupt, watch
 from tuner.train.log import StepLog
@@ -159,11 +159,10 @@ def _means(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: sum(each.get(name, 0.0) for each in everywhere) / count for name, count in having.items()}
 
 
-def _stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> Exception:
-    if not session.run.is_main:
-        return FailedElsewhere("the main process says how to go on")
+def _stopped(session: Session, interrupt: Interrupt, saved: Path | None) -> Stopped:
+    signals = [each for each in processes.gather(interrupt.requested) if each is not None]
     return Stopped(
-        f"{interrupt.requested or 'as asked'}: training ended after step {session.run.step} of {session.total}",
+        f"{signals[0] if signals else 'as asked'}: training ended after step {session.run.step} of {session.total}",
         where=saved,
         remedy="go on with resume_from_checkpoint: latest",
     )

@@ -27,9 +27,6 @@ class PendingKeys(PluginConfig):
     ema_validation: Literal["none", "ema_only", "comparison"] = key(
         "comparison", "Which weights validation renders.", pending="validation renders the raw weights"
     )
-    lycoris_config: Path | None = key(
-        None, "LyCORIS settings, for `lora_type: lycoris`.", pending="`lora_type: standard` does not use it"
-    )
     push_to_hub: bool = key(False, "Upload the result to the hub.", pending="nothing is uploaded", effect="uploads")
     push_checkpoints_to_hub: bool = key(
         False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads"
