@@ -81,6 +81,10 @@ class TestLora(PluginContract):
     plugin = "lora"
 
 
+class TestLycoris(PluginContract):
+    plugin = "lycoris"
+
+
 class TestNoiseLevels(PluginContract):
     plugin = "noise_levels"
 

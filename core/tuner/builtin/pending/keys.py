@@ -19,14 +19,6 @@ class PendingKeys(PluginConfig):
     disable_benchmark: bool = key(
         False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
     )
-    use_ema: bool = key(
-        False, "Keep an exponential moving average of the trained weights.", pending="no average is kept"
-    )
-    ema_decay: float = key(0.995, "Decay of that average.", pending="no average is kept", ge=0, le=1)
-    ema_update_interval: int = key(1, "Steps between its updates.", pending="no average is kept", ge=1)
-    ema_validation: Literal["none", "ema_only", "comparison"] = key(
-        "comparison", "Which weights validation renders.", pending="validation renders the raw weights"
-    )
     push_to_hub: bool = key(False, "Upload the result to the hub.", pending="nothing is uploaded", effect="uploads")
     push_checkpoints_to_hub: bool = key(
         False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads"
