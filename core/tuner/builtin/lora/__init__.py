@@ -36,8 +36,10 @@ class LoraConfig(PluginConfig):
     lora_target_modules: list[str] | None = key(
         None, "Module name suffixes to adapt, such as `to_q`; the model's own choice when absent.", min_length=1
     )
-    lora_format: Literal["comfyui", "diffusers"] = key(
-        "comfyui", "Key names in the saved file: the original model's (`comfyui`), or diffusers' own."
+    lora_format: Literal["comfyui", "diffusers", "lycoris"] = key(
+        "comfyui",
+        "Key names in the saved file: the original model's (`comfyui`), diffusers' own, or those of the LyCORIS "
+        "library (`lycoris`, for `lora_type: lycoris` only).",
     )
 
 
@@ -61,7 +63,13 @@ class LoraPlugin(Plugin[LoraConfig]):
 
     @hookimpl
     def configure(self, run: Run) -> None:
-        """Refuse ways to initialise that are not offered."""
+        """Refuse ways to initialise that are not offered, and names of files of another kind of adapter."""
+        if self.is_active(run.config) and self.config.lora_format == "lycoris":
+            raise ConfigError(
+                "lora_format 'lycoris' is for lora_type: lycoris",
+                where=f"lora_type: {run.config.lora_type}",
+                remedy="use comfyui or diffusers",
+            )
         value = self.config.lora_init_type
         if not self.is_active(run.config) or value in INITIALISATIONS:
             return
