@@ -4,6 +4,7 @@ BUILTINS = {
     "checkpointing": "tuner.builtin.checkpointing:CheckpointingPlugin",
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
+    "ema": "tuner.builtin.ema:EmaPlugin",
     "encoding": "tuner.builtin.encoding:EncodingPlugin",
     "epochs": "tuner.builtin.epochs:EpochsPlugin",
     "exact_attention": "tuner.builtin.exact_attention:ExactAttentionPlugin",
@@ -16,7 +17,9 @@ BUILTINS = {
     "planner": "tuner.builtin.planner:PlannerPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
+    "save_points": "tuner.builtin.save_points:SavePointsPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",
     "status": "tuner.builtin.status:StatusPlugin",
+    "watchdog": "tuner.builtin.watchdog:WatchdogPlugin",
 }
 """Plugin name to ``module:Class``."""
