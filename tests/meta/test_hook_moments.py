@@ -233,8 +233,8 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     expected: list[tuple[str, int]] = []
     for done in range(1, 5):
         expected += [(name, done - 1) for name in step]
-        expected += [("validate", done)] if done % 2 == 0 else []
         expected += [("on_step_end", done)]
+        expected += [("validate", done)] if done % 2 == 0 else []
         expected += [("save", done)] if done % 2 == 0 else []
     assert moments == [*expected, ("on_train_end", 4), ("on_run_end", 4)]
 

@@ -111,7 +111,8 @@ class TrainingHooks:
     def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
         """An optimizer step is done.
 
-        Called: all, after each optimizer step; must not synchronise with the device unless it has to.
+        Called: all, after each optimizer step and before its validation; must not synchronise with the device unless
+        it has to.
         Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers:
         ``loss``, ``grad_norm``, ``learning_rate``, ``samples``, ``seconds`` of the step alone, and what
         ``compute_loss`` measured.

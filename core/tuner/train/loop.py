@@ -72,7 +72,8 @@ def _iterate(session: Session, log: StepLog | None) -> None:
     began = time.perf_counter()
     result = train_step(session)
     run.step += 1
-    seconds = time.perf_counter() - began
+    seconds = round(time.perf_counter() - began, 4)
+    _tell(session, result, seconds)
     last = run.step == session.total
     asked = None if last or _due(run.step, config.validation_step_interval) else _asking(session)
     metrics: dict[str, float] = {}
@@ -81,7 +82,7 @@ def _iterate(session: Session, log: StepLog | None) -> None:
             with session.timed("validate"), optimizers.averaged(session.optimizers.values()):
                 metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
     finally:
-        _report(session, log, result, {"seconds": round(seconds, 4), **metrics})
+        _report(session, log, result, {"seconds": seconds, **metrics})
 
 
 def _out_of_memory(session: Session, saving: Saving, error: Exception) -> TrainingError:
@@ -119,13 +120,16 @@ def _epoch_ended(session: Session) -> int:
     return epoch_of(step) if epoch_of(step) > epoch_of(step - 1) else 0
 
 
+def _tell(session: Session, result: StepResult, seconds: float) -> None:
+    """Tell the plugins of the step, before anyone looks at what the model has learnt."""
+    measured = {name: getattr(result, name) for name in ("loss", "grad_norm", "learning_rate", "samples")}
+    metrics = {**measured, "seconds": seconds, "stages": session.take_seconds(), **result.metrics}
+    session.manager.notify("on_step_end", run=session.run, model=session.model, metrics=metrics)
+
+
 def _report(session: Session, log: StepLog | None, result: StepResult, more: Mapping[str, float]) -> None:
     """The step's line in the log, and the plugins that listen."""
     run = session.run
-    measured = {name: getattr(result, name) for name in ("loss", "grad_norm", "learning_rate", "samples")}
-    stages = session.take_seconds()
-    metrics = {**measured, "seconds": more["seconds"], "stages": stages, **result.metrics}
-    session.manager.notify("on_step_end", run=run, model=session.model, metrics=metrics)
     if len(more) == 1 and not _due(run.step, run.config.logging_steps) and run.step != session.total:
         return
     line = {"step": run.step, **_line(session, result), **more}
