@@ -56,6 +56,10 @@ class Workload:
     """Whether each gradient is applied and freed as soon as it is known."""
     optimizer_bytes: float = 8.0
     """Optimizer state per trained parameter."""
+    average_bytes: float = 0.0
+    """Of an average of the weights on the device, per trained parameter."""
+    average_bytes_on_host: float = 0.0
+    """The same on the host."""
     dropped: tuple[float, ...] = ()
     """Share of the tokens that each block does not see; empty is none."""
     dropped_sometimes: bool = False

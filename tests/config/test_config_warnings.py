@@ -19,7 +19,7 @@ def plugin(**values: object) -> PendingPlugin:
 
 
 def test_keys_without_effect_are_told_when_set_away_from_their_default() -> None:
-    values = {"disable_benchmark": True, "use_ema": "false"}
+    values = {"disable_benchmark": True, "push_to_hub": "false"}
     told = list(warnings.pending({"core": CoreConfig(), "pending": build(PendingKeys, values)}, values))
     assert told == ["disable_benchmark has no effect yet: the base model is not rendered at step 0"]
 

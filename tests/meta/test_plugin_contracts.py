@@ -35,6 +35,10 @@ class TestDataReport(PluginContract):
     plugin = "data_report"
 
 
+class TestEma(PluginContract):
+    plugin = "ema"
+
+
 class TestEpochs(PluginContract):
     plugin = "epochs"
 

@@ -18,6 +18,7 @@ BUILTINS = {
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
     "save_points": "tuner.builtin.save_points:SavePointsPlugin",
+    "sharding": "tuner.builtin.sharding:ShardingPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",
     "status": "tuner.builtin.status:StatusPlugin",
     "watchdog": "tuner.builtin.watchdog:WatchdogPlugin",

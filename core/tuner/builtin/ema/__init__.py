@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,17 +107,23 @@ class EmaPlugin(Plugin[EmaConfig]):
         decay = None if self._averages is None else self._averages.decay(run.step)
         return {} if decay is None else {"ema/decay": decay}
 
-    @hookimpl
-    def weight_variants(self, run: Run, model: Model, purpose: str) -> Variants | None:
-        """The average beside the trained weights, or alone; nothing until it has begun."""
+    # A wrapper, so that another plugin may offer weights beside these.
+    @hookimpl(wrapper=True)
+    def weight_variants(
+        self, run: Run, model: Model, purpose: str
+    ) -> Generator[None, Variants | None, Variants | None]:
+        """The average beside what else there is, or in place of the trained weights; nothing until it has begun."""
+        others = yield
         wanted = self.config.ema_validation if purpose == "validate" else "comparison"
         if self._averages is None or wanted == "none":
-            return None
+            return others
         if not self._averages.began:
             self._say_none(run, wanted)
-            return None
-        average = {NAME: self._averages.exchanged}
-        return average if wanted == "ema_only" else {"": nullcontext, **average}
+            return others
+        offered = {"": nullcontext} if others is None else dict(others)
+        if wanted == "ema_only":
+            offered.pop("", None)
+        return {**offered, NAME: self._averages.exchanged}
 
     def _say_none(self, run: Run, wanted: str) -> None:
         if wanted == "ema_only" and run.is_main and not self._said_none:

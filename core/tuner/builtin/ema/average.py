@@ -106,7 +106,7 @@ class HostAverage(Average):
         self._worker.shutdown()
 
 
-def move_towards(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
+def move_towards(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
     """``average += weight * (value - average)`` in place, each float32; values of another dtype one at a time."""
     alike = all(value.dtype == average.dtype for average, value in zip(averages, values, strict=True))
     if alike:

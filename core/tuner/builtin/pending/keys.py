@@ -7,7 +7,6 @@ warning that it has no effect yet. A key leaves this file for its plugin when it
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from tuner.plugin import PluginConfig, key
 

@@ -67,11 +67,14 @@ def weights(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
         "adapters": adapters * FLOAT32,
         "optimizer state": adapters * workload.optimizer_bytes,
     }
-    host = {"base weights": streamed * block if workload.offloaded_to == "host" else 0.0}
+    whole = network.blocks * block_parameters(network) + network.other
+    trained = whole if workload.trained == "network" else adapters
+    device["averages"] = trained * workload.average_bytes
+    host = {"averages": trained * workload.average_bytes_on_host}
+    host |= {"base weights": streamed * block if workload.offloaded_to == "host" else 0.0}
     if workload.trained == "network":
         moved = streamed * block_parameters(network)
-        stays = network.blocks * block_parameters(network) + network.other - moved
-        device["optimizer state"] = stays * workload.optimizer_bytes
+        device["optimizer state"] = (whole - moved) * workload.optimizer_bytes
         host |= {"gradients": streamed * block, "optimizer state": moved * workload.optimizer_bytes}
     return device, host
 

@@ -52,6 +52,7 @@ class Rendering:
 def render(run: Run, model: Model, prompts: Sequence[Prompt], settings: Settings) -> list[Path]:
     """Render ``prompts`` into ``output_dir/validation/step-<n>/``; returns the media written, on the main process.
 
+    With other weights than the trained ones in place, files are named for them: ``cat@ema.mp4`` beside ``cat.mp4``.
     Expects evaluation mode, no gradients, and ``run.text_cache`` (the validation stage gives all three).
     Every process samples, since a sharded network needs them all; only the main one decodes and writes.
     """
@@ -63,16 +64,28 @@ def render(run: Run, model: Model, prompts: Sequence[Prompt], settings: Settings
     rows: list[Row] = []
     files: dict[str, list[str]] = {}
     for rendering, frames in _decode_all(run, model, renderings):
-        media = _write_clip(folder, rendering.prompt, frames, settings.fps)
+        media = _write_clip(folder, rendering.prompt.slug + _mark(run), frames, settings.fps)
         files[rendering.prompt.slug] = [path.name for path in media]
         written += media
         rows.append(Row(rendering.prompt.nickname, rendering.prompt.text, frames))
     if rows:
-        sheet = folder / SHEET
-        write_contact_sheet(sheet, rows, title=f"step {run.step}", subtitle=_subtitle(model, settings))
+        sheet = folder / _marked(SHEET, run)
+        title = f"step {run.step}  ·  {run.variant} weights" if run.variant else f"step {run.step}"
+        write_contact_sheet(sheet, rows, title=title, subtitle=_subtitle(model, settings))
         written.append(sheet)
-    _write_record(folder / RECORD, run, model, prompts, settings, files)
+    _write_record(folder / _marked(RECORD, run), run, model, prompts, settings, files)
     return written
+
+
+def _mark(run: Run) -> str:
+    """What stands behind the name of a file that shows other weights than the trained ones."""
+    return f"@{run.variant}" if run.variant else ""
+
+
+def _marked(name: str, run: Run) -> str:
+    """The file name ``name`` with that mark before its suffix."""
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}{_mark(run)}.{suffix}"
 
 
 def _sample_all(run: Run, model: Model, prompts: Sequence[Prompt], settings: Settings) -> list[Rendering]:
@@ -128,9 +141,9 @@ def _decode_all(
             yield rendering, model.decode(rendering.latents.to(run.device)).to("cpu").numpy()
 
 
-def _write_clip(folder: Path, prompt: Prompt, frames: NDArray[np.uint8], fps: float) -> list[Path]:
+def _write_clip(folder: Path, name: str, frames: NDArray[np.uint8], fps: float) -> list[Path]:
     """The clip and its poster; of a single frame the picture alone."""
-    picture, clip = folder / f"{prompt.slug}.png", folder / f"{prompt.slug}.mp4"
+    picture, clip = folder / f"{name}.png", folder / f"{name}.mp4"
     write_png(picture, poster(frames))
     if len(frames) == 1:
         return [picture]
@@ -169,6 +182,7 @@ def _write_record(
     record: dict[str, Any] = {
         "tuner": __version__,
         "step": run.step,
+        **({"weights": run.variant} if run.variant else {}),
         "model": {
             "family": model.spec.family,
             "flavour": model.spec.flavour,
