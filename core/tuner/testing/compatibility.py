@@ -55,7 +55,7 @@ ROUTE = {"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}
 STREAMED = {"enable_group_offload": True}
 TRAINED = (
     Feature("LoRA", {"model_type": "lora", "lora_type": "standard"}),
-    Feature("LyCORIS", {"model_type": "lora", "lora_type": "lycoris"}),
+    Feature("LyCORIS", {"model_type": "lora", "lora_type": "lycoris"}, beside={"lycoris_config": {"algo": "lokr"}}),
     Feature("full", {"model_type": "full"}),
     Feature("EMA", {"use_ema": True}),
 )
