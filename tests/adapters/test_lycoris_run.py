@@ -36,6 +36,7 @@ SETTINGS = {
     "locon": {"algo": "locon", "linear_dim": 4, "linear_alpha": 8},
     "full": {"algo": "full"},
 }
+DROPPED = {"dropout": 0.1, "rank_dropout": 0.2, "rank_dropout_scale": True, "module_dropout": 0.4}
 TARGETS = {"target_module": ["Attention", "FeedForward"]}
 BY_BITS = {"8": 0.01, "4": 0.06}
 """Share of the loss that quantised weights may change it by, at most."""
@@ -61,7 +62,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def keys(algo: str, **others: Any) -> dict[str, Any]:
-    return {"lycoris_config": SETTINGS[algo] | {"apply_preset": TARGETS}, **others}
+    name, *dropped = algo.split()
+    settings = SETTINGS[name] | (DROPPED if dropped else {})
+    return {"lycoris_config": settings | {"apply_preset": TARGETS}, **others}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,14 @@ def test_what_only_moves_or_recomputes_changes_nothing(train, algo: str, togethe
     assert found[0] == pytest.approx(plain[0], rel=1e-5)
     assert found[1] == pytest.approx(plain[1], rel=1e-5)
     assert found[2]
+
+
+@pytest.mark.parametrize("algo", ["loha dropped", "full dropped"])
+def test_what_is_dropped_is_dropped_again_where_a_block_is_recomputed(train, algo: str) -> None:
+    found, plain = train(algo, {"checkpoints on the host"}), train(algo, {"no checkpointing"})
+    assert found[0] == pytest.approx(plain[0], rel=1e-5)
+    assert found[1] == pytest.approx(plain[1], rel=1e-5)
+    assert found[1] != train(algo.split()[0], {"no checkpointing"})[1]
 
 
 @pytest.mark.parametrize("algo", ["lokr", "full"])

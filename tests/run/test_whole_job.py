@@ -148,7 +148,7 @@ def test_a_second_start_reads_the_cache_and_loads_no_encoder(job, monkeypatch):
         ({"tread_config": {"routes": [{**ROUTES["routes"][0], "end_layer_idx": 9}]}}, ConfigError, ["routes[0]", "9"]),
         ({"resume_from_checkpoint": "/nowhere"}, CheckpointError, ["/nowhere"]),
         ({"lora_target_modules": ["to_qq"]}, ConfigError, ["to_qq", "to_q"]),
-        ({"lora_type": "lycoris"}, ConfigError, ["lycoris", "standard"]),
+        ({"lora_type": "lycoris"}, ConfigError, ["there is no lycoris_config"]),
         ({"without": ["lora"], "lora_rank": 8}, ConfigError, ["model_type", "lora"]),
     ],
 )

@@ -38,30 +38,27 @@ class Update(nn.Module):
 
     def added(self, base: nn.Module, inputs: Tensor, outputs: Tensor) -> Tensor:
         """``outputs`` of ``base`` for ``inputs`` with the update added."""
-        given = self.settings
-        if not self.enabled or (self.training and given.module_dropout and _happens(given.module_dropout)):
+        if not self.enabled:
             return outputs
         linear = isinstance(base, nn.Linear)
         update = self.factors.update(inputs) if linear else _convolved(base, inputs, self.factors)
         if self.training:
             update = self._dropped(update, channels=-1 if linear else 1)
-        if given.multiplier != 1:
-            update = update * given.multiplier
+        if self.settings.multiplier != 1:
+            update = update * self.settings.multiplier
         return outputs + update.to(outputs.dtype)
 
     def _dropped(self, update: Tensor, channels: int) -> Tensor:
-        """``update`` with outputs (``dropout``) and rows of its matrix (``rank_dropout``) left out."""
+        """``update`` with outputs (``dropout``), rows of its matrix (``rank_dropout``) or all of it left out."""
         given = self.settings
+        if given.module_dropout and torch.rand(()) < given.module_dropout:  # on the host: no synchronisation
+            return update * 0  # not none: every trained tensor gets a gradient in every step
         if given.rank_dropout:
             shape = [1] * update.ndim
             shape[channels] = update.shape[channels]
             kept = (torch.rand(shape, device=update.device) > given.rank_dropout).to(update.dtype)
             update = update * (kept / kept.mean().clamp_min(1 / kept.numel()) if given.rank_dropout_scale else kept)
         return nn.functional.dropout(update, given.dropout) if given.dropout else update
-
-
-def _happens(probability: float) -> bool:
-    return bool(torch.rand(()) < probability)  # on the host: no synchronisation
 
 
 def _convolved(base: nn.Module, inputs: Tensor, factors: Factors) -> Tensor:
