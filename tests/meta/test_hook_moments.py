@@ -107,8 +107,33 @@ class Scribe(Plugin[PluginConfig]):
         return Validation(metrics={"answer": 42.0})
 
     @hookimpl
+    def on_validation(self, run, plugin, validation):
+        if plugin == self.name:
+            self.note("on_validation", run, variant=run.variant, answer=validation.metrics["answer"])
+
+    @hookimpl
+    def log_metrics(self, run, line):
+        self.note("log_metrics", run, step=line["step"])
+        return {"scribe/lines": 1.0}
+
+    @hookimpl
+    def on_log(self, run, line):
+        self.note("on_log", run, step=line["step"], lines=line["scribe/lines"])
+
+    @hookimpl
+    def on_checkpoint(self, run, checkpoint):
+        self.note("on_checkpoint", run, whole=(checkpoint / "manifest.json").exists())
+        raise RuntimeError("a listener that fails must not end the run")
+
+    @hookimpl
+    def weight_variants(self, run, model, purpose):
+        from contextlib import nullcontext
+        self.note("weight_variants", run, purpose=purpose)
+        return {"": nullcontext, "twin": nullcontext}
+
+    @hookimpl
     def save(self, run, model, directory):
-        self.note("save", run)
+        self.note("save", run, variant=run.variant)
         path = directory / "scribe.txt"
         path.write_text(f"step {run.step}")
         return [path]
@@ -233,9 +258,11 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     expected: list[tuple[str, int]] = []
     for done in range(1, 5):
         expected += [(name, done - 1) for name in step]
-        expected += [("on_step_end", done)]
-        expected += [("validate", done)] if done % 2 == 0 else []
-        expected += [("save", done)] if done % 2 == 0 else []
+        looking = [("weight_variants", done), *[("validate", done), ("on_validation", done)] * 2]
+        expected += [("on_step_end", done), *(looking if done % 2 == 0 else [])]
+        expected += [("log_metrics", done), ("on_log", done)]
+        expected += [("weight_variants", done), ("save", done), ("save", done)] if done % 2 == 0 else []
+    moments = [each for each in moments if each[0] != "on_checkpoint"]  # when it is on the disk, a step later or two
     assert moments == [*expected, ("on_train_end", 4), ("on_run_end", 4)]
 
 
@@ -251,6 +278,10 @@ def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[s
     assert facts(calls, "on_train_start") == [{"adapter": "lora", "words": 6}]
     assert facts(calls, "on_run_end") == [{"checkpoint": "checkpoint-4", "error": None}]
     assert all(each == {"training": False, "gradients": False} for each in facts(calls, "validate"))
+    assert facts(calls, "on_checkpoint") == [{"whole": True}] * 2
+    assert [each["variant"] for each in facts(calls, "save")] == ["", "twin"] * 2
+    assert [each["purpose"] for each in facts(calls, "weight_variants")] == ["validate", "save"] * 2
+    assert [each["lines"] for each in facts(calls, "on_log")] == [1.0] * 4
 
 
 def test_answers_are_used(folder: Path, calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
@@ -260,6 +291,8 @@ def test_answers_are_used(folder: Path, calls: list[tuple[str, Any, dict[str, An
     manifest = json.loads((output / "checkpoint-2" / "manifest.json").read_text())
     assert "scribe.txt" in manifest["files"]
     assert (output / "checkpoint-2" / "scribe.txt").read_text() == "step 2"
+    assert (output / "checkpoint-2" / "twin" / "scribe.txt").exists()
+    assert log[1]["scribe/answer@twin"] == 42.0
 
 
 def test_state_comes_back_before_training_goes_on(folder: Path, calls: list[tuple[str, Any, dict[str, Any]]]) -> None:

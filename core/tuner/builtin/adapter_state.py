@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tuner.errors import CheckpointError
+from tuner.sharded import cut_like
 
 SHOWN = 3
 """How many differing keys an error names."""
@@ -30,7 +31,7 @@ def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], *, wha
     if wrong:
         raise _refusal(what, wrong)
     for name, tensor in tensors.items():
-        tensor.copy_(state[name])
+        tensor.copy_(cut_like(state[name], tensor))
 
 
 def _refusal(what: str, differences: list[str]) -> CheckpointError:

@@ -18,6 +18,7 @@ from tuner.errors import CheckpointError
 from tuner.model import Network
 from tuner.plugin import AnyPlugin
 from tuner.run import log
+from tuner.sharded import cut_like, gathered
 from tuner.train import optimizers
 from tuner.train.subclasses import put_together, taken_apart
 
@@ -69,7 +70,8 @@ def of_network(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, 
     homes: dict[bool, dict[str, Any]] = {True: {}, False: {KIND: _kind(optimizer)}}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in _flat(values):
-            homes[isinstance(value, Tensor)][f"{index}.{name}"] = value
+            held = gathered(value) if isinstance(value, Tensor) else value
+            homes[isinstance(value, Tensor)][f"{index}.{name}"] = held
     for index, group in enumerate(optimizer.param_groups):
         for name, value in optimizers.evolved(group).items():
             homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
@@ -119,6 +121,10 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
             where=directory,
             remedy="resume with the adapter settings the run was started with, or choose another output_dir",
         )
+    for place, parameter in enumerate(optimizers.parameters(optimizer)):
+        for name, value in state.get(place, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[place][name] = cut_like(value, parameter)
     merged = [{**group, **groups.get(index, {})} for index, group in enumerate(current["param_groups"])]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
@@ -142,7 +148,7 @@ def of_plugins(plugins: Mapping[str, AnyPlugin]) -> dict[str, Contents]:
     for name, plugin in plugins.items():
         state = plugin.state_dict()
         if state:
-            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            tensors = {key: gathered(value) for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: value for key, value in state.items() if key not in tensors}
             contents[plugin_file(name)] = Contents(tensors, numbers)
     return contents

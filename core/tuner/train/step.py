@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from tuner import flow, processes, rng
 from tuner.data.loader import LoadedBatch
 from tuner.errors import FailedElsewhere, TrainingError
 from tuner.model import Batch, Loss, Network
+from tuner.sharded import is_sharded, whole_of
 from tuner.train import guards, optimizers
 from tuner.train.reduce import sum_over_processes
 from tuner.train.session import Session
@@ -72,7 +73,7 @@ def train_step(session: Session) -> StepResult:
     if slots and network.name in session.unchecked and (release is None or reached):
         guards.check_gradient_coverage(network, reached)
 
-    sum_over_processes([] if network.sharding else optimizers.parameters(optimizer), total)
+    sum_over_processes([each for each in optimizers.parameters(optimizer) if not is_sharded(each)], total)
     norm = clip_gradients(session) if release is None else release.finish()
     with session.timed("device"):
         value, norm_value = torch.stack([total, norm.to(total)]).tolist()
@@ -156,12 +157,29 @@ def clip_gradients(session: Session) -> Tensor:
     config = session.run.config
     trained = optimizers.parameters(session.optimizers[session.model.network.name])
     parameters = [each for each in trained if each.grad is not None]
-    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    norm = _norm(parameters)
     if config.max_grad_norm and config.grad_clip_method == "norm":
-        nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+        for alike in _apart(parameters):
+            nn.utils.clip_grads_with_norm_(alike, config.max_grad_norm, norm)
     elif config.max_grad_norm:
         nn.utils.clip_grad_value_(parameters, config.max_grad_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm
+
+
+def _apart(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Those that every process holds whole, and those it holds a part of."""
+    return [each for each in parameters if not is_sharded(each)], [each for each in parameters if is_sharded(each)]
+
+
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The L2 norm of all gradients."""
+    norms = [
+        nn.utils.get_total_norm([each.grad for each in alike if each.grad is not None])
+        for alike in _apart(parameters)
+        if alike
+    ]
+    whole = [whole_of(norm) for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))
 
 
 def _nonfinite(session: Session, loss: float, norm: float, samples: list[str], *, spoilt: bool) -> None:

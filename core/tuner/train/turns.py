@@ -49,6 +49,8 @@ def leave(network: Network) -> None:
 
 def move(network: Network, device: torch.device) -> None:
     """Move the frozen weights and buffers of ``network`` to ``device``, but those that its residency moves."""
+    if network.sharding is not None:
+        return  # each process holds little of it
     groups = network.adapter.groups if network.adapter is not None else ()
     staying = {id(each) for group in groups for each in group.parameters.values()}
     if network.residency is not None:

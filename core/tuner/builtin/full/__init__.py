@@ -55,8 +55,12 @@ class FullPlugin(Plugin[PluginConfig]):
     @hookimpl
     def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
         """Write each network's weights in the layout that ``from_pretrained`` reads."""
-        if not (self.is_active(run.config) and run.is_main):
+        if not self.is_active(run.config):
             return []
         from tuner.builtin.full.adapter import export
 
-        return [path for network in model.networks.values() for path in export(network, directory / network.name)]
+        return [
+            path
+            for network in model.networks.values()
+            for path in export(network, directory / network.name if run.is_main else None)
+        ]

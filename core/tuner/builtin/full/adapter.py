@@ -6,10 +6,12 @@ its weight rounds to nothing, so ``base_model_default_dtype: fp32`` is the caref
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.builtin.adapter_state import copy_into
 from tuner.files import atomic_path
@@ -45,11 +47,16 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return name.rpartition(".")[2] == "weight" and parameter.ndim >= 2
 
 
-def export(network: Network, folder: Path) -> list[Path]:
+def export(network: Network, folder: Path | None) -> list[Path]:
     """Write the weights (and config.json, where the network has one) into ``folder``; returns the files.
 
-    diffusers models load back with ``from_pretrained``; of another module only the safetensors are written.
+    diffusers models load back with ``from_pretrained``; of another module only the safetensors are written. Every
+    process calls it for a sharded network; without a folder nothing is written.
     """
+    if network.sharding is not None and network.adapter is not None:
+        return _export_gathered(network.module, network.adapter.state(), folder)
+    if folder is None:
+        return []
     save = getattr(network.module, "save_pretrained", None)
     if save is not None:
         save(folder, safe_serialization=True)
@@ -57,3 +64,15 @@ def export(network: Network, folder: Path) -> list[Path]:
     with atomic_path(folder / WEIGHTS) as temporary:
         save_model(network.module, str(temporary))
     return [folder / WEIGHTS]
+
+
+def _export_gathered(module: nn.Module, state: Mapping[str, Tensor], folder: Path | None) -> list[Path]:
+    """The same files from weights that were put together from all processes."""
+    if folder is None:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(dict(state), folder, filename_pattern=WEIGHTS.replace(".", "{suffix}.", 1))
+    save_config = getattr(module, "save_config", None)
+    if save_config is not None:
+        save_config(folder)
+    return sorted(path for path in folder.iterdir() if path.is_file())
