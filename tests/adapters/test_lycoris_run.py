@@ -19,6 +19,7 @@ from tuner import pipeline
 from tuner.assembly import assemble
 from tuner.cli.flags import read_settings
 from tuner.config.keys import CoreConfig
+from tuner.data.samples import Bucket
 from tuner.errors import ConfigError
 from tuner.testing.compatibility import BY_LAYER, FEATURES, PRECISIONS, TOGETHER, Bench
 from tuner.testing.opened import opened
@@ -126,6 +127,18 @@ def test_a_quantised_base_changes_the_loss_by_its_own_error(train, algo: str, pr
 def test_a_quantised_base_streams(train) -> None:
     for name in ("int8-quanto", "fp8-scaled"):
         assert train("lokr", {name, *BY_LAYER})[0] == pytest.approx(train("lokr", {name, "TREAD"})[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("algo", SETTINGS)
+def test_the_plan_counts_what_is_trained(bench: Bench, algo: str) -> None:
+    with opened(bench.settings([]) | keys(algo)) as session:
+        [network] = session.trained
+        workload = session.run.estimate(network.spec, Bucket(5, 32, 32), 1)
+        parameters = network.adapter.groups[0].parameters
+        on_text = [each for name, each in parameters.items() if "attn2.to_k" in name or "attn2.to_v" in name]
+        assert workload.adapter_parameters == sum(each.numel() for each in parameters.values())
+        assert workload.adapter_parameters_on_text == sum(each.numel() for each in on_text)
+        assert workload.adapted_width == (4 + 2 + 1) * 128 + 256
 
 
 def test_prior_preservation_has_its_base(train) -> None:

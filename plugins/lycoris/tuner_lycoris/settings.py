@@ -18,11 +18,11 @@ Algorithm = Literal["lora", "locon", "loha", "lokr", "full"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 NOT_OFFERED = {
     "dylora": "its files reload as something else than was trained",
-    "boft": "it raises for most widths",
     "ia3": "the library cannot load its own files",
-    "glora": "no other program loads its files for this model",
-    "tlora": "no other program loads its files for this model",
-    "diag-oft": "it is no difference that could be added to a quantised base",
+    "boft": "it rotates the base's weights, which a quantised or streamed base does not show",
+    "diag-oft": "it rotates the base's weights, which a quantised or streamed base does not show",
+    "glora": "its update is made of the base's weights, which a quantised or streamed base does not show",
+    "tlora": "its masks follow the noise level, and the library leaves that to its caller",
 }
 """Algorithms that LyCORIS has beside, and why they are refused."""
 PRESETS: Mapping[str, Mapping[str, Any]] = {
