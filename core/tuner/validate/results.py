@@ -15,3 +15,5 @@ class Validation:
     """Reported as ``plugin/key``."""
     media: Sequence[Path] = ()
     """Videos and pictures, inside the run's output folder."""
+    of_weights: bool = True
+    """Whether it depends on the weights in place; otherwise its metrics have no ``@name`` of other weights."""

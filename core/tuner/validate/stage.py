@@ -55,7 +55,8 @@ def _asked(run: Run, model: Model, manager: Manager, asked: Collection[str] | No
     for plugin, answer in manager.collect("validate", only=asked, run=run, model=model):
         if answer is None:
             continue
-        metrics |= {f"{plugin}/{key}{mark}": float(value) for key, value in answer.metrics.items()}
+        own = mark if answer.of_weights else ""
+        metrics |= {f"{plugin}/{key}{own}": float(value) for key, value in answer.metrics.items()}
         if run.is_main:
             manager.notify("on_validation", run=run, plugin=plugin, validation=answer)
     return metrics

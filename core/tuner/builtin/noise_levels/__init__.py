@@ -57,7 +57,7 @@ class NoiseLevelsPlugin(Plugin[NoiseLevelsConfig]):
             return None
         from tuner.validate.results import Validation
 
-        return Validation(metrics=self._counted().take())
+        return Validation(metrics=self._counted().take(), of_weights=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted since the last time."""
