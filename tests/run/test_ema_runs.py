@@ -60,7 +60,7 @@ def averaged(weights: list[dict[str, torch.Tensor]], interval: int, begin: int) 
 
 
 @pytest.mark.parametrize(("interval", "begin"), [(1, 0), (2, 3)])
-def test_the_saved_lora_is_the_average_of_those_of_all_steps(job, steps_of, interval, begin):
+def test_the_saved_lora_is_the_average_of_those_of_all_steps(job, steps_of, capsys, interval, begin):
     keys = {**EMA, **STEPWISE, "ema_update_interval": interval, "ema_start_step": begin, "max_train_steps": 9}
     output = job.run(f"ema-lora-{interval}", **keys)
     raw = [load_file(output / f"checkpoint-{step}" / LORA) for step in range(1, 10)]
@@ -80,6 +80,7 @@ def test_the_saved_lora_is_the_average_of_those_of_all_steps(job, steps_of, inte
     assert decays[-1] == min((1 + 8 - begin) / (10 + 8 - begin), 0.6)
     manifest = json.loads((output / "checkpoint-9" / "manifest.json").read_text())
     assert f"ema/{LORA}" in manifest["files"]
+    assert f"weights:    {output / 'checkpoint-9' / 'ema' / LORA}" in capsys.readouterr().out
 
 
 def test_training_is_the_same_with_an_average(job, steps_of):
@@ -99,14 +100,18 @@ def test_training_is_the_same_with_an_average(job, steps_of):
 
 
 @pytest.mark.parametrize("mode", ["none", "ema_only", "comparison"])
-def test_validation_looks_at_the_weights_asked_for(job, mode):
-    output = job.run(f"ema-{mode}", **RENDERED, **EMA, ema_validation=mode, learning_rate=0.5)
+def test_validation_looks_at_the_weights_asked_for(job, steps_of, mode):
+    keys = {**RENDERED, **EMA, "ema_validation": mode, "learning_rate": 0.5, "noise_levels_interval": 3}
+    output = job.run(f"ema-{mode}", **keys)
     folder = output / "validation" / "step-6"
     names = {path.name for path in folder.iterdir()}
     raw = {"validation.mp4", "validation.png", "contact-sheet.png", "validation.json"} - {"validation.json"}
     own = {"validation@ema.mp4", "validation@ema.png", "contact-sheet@ema.png"}
     expected = {"none": raw, "ema_only": own, "comparison": raw | own}[mode]
     assert names - {"validation.json", "validation@ema.json"} == expected
+    counted = [sum(each for name, each in line.items() if "/samples/" in name) for line in steps_of(output)]
+    assert counted == [0, 0, 6, 0, 0, 6]
+    assert not any("noise_levels" in name and "@" in name for line in steps_of(output) for name in line)
     if mode != "none":
         record = json.loads((folder / "validation@ema.json").read_text())
         assert record["weights"] == "ema"

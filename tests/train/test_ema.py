@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tuner.builtin.ema import EmaConfig, EmaPlugin
 from tuner.builtin.ema.average import Average, HostAverage
+from tuner.builtin.ema.averages import Averages
 from tuner.builtin.ema.decay import decay_at, decay_over
+from tuner.builtin.planner.memory import predict
+from tuner.config.keys import CoreConfig
+from tuner.model import Adapter, Batch, Model, Network, ParameterGroup, SampleRequest
+from tuner.run import Run
+from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+from tuner.workload import Workload
 
 SHAPES = {"down": (4, 7), "up": (7, 4), "bias": (7,)}
 KINDS = [Average, HostAverage]
@@ -145,6 +155,69 @@ def test_what_goes_wrong_in_the_background_is_raised() -> None:
     average.close()
 
 
+class Pair(Model):
+    """Two experts, of which a test needs the trained parameters alone."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, request: SampleRequest) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def pair(first: dict[str, nn.Parameter], second: dict[str, nn.Parameter], every: int) -> Pair:
+    def network(name: str, trained: dict[str, nn.Parameter]) -> Network:
+        module = nn.ParameterDict(trained)
+        groups = tuple(ParameterGroup(each, {each: parameter}) for each, parameter in trained.items())
+        adapter = Adapter("full", groups, state=dict, load=lambda state: None)
+        spec = NetworkSpec(name, 1, 4, 1, 4, 4, 4, 4)
+        made: Any = {"stack": None, "trampoline": None}
+        return Network(
+            spec, module, weights=lambda: iter(()), dtype_of=lambda _: torch.float32, adapter=adapter, **made
+        )
+
+    networks = [network("high", first), network("low", second)]
+    latents = LatentGeometry(16, 4, 8)
+    specs = tuple(each.spec for each in networks)
+    return Pair(ModelSpec("wan", "both", "base", specs, latents, 16, 16, (), switch_steps=every), networks, {})
+
+
+def test_each_of_two_experts_has_its_own_count(tmp_path: Path) -> None:
+    run = Run(CoreConfig(output_dir=tmp_path), {}, total_steps=24)
+    config = EmaConfig(use_ema=True, ema_decay=0.5, ema_start_step=2)
+    trained = {"high": parameters(seed=1), "low": parameters(seed=2)}
+    averages = Averages(run, pair(trained["high"], trained["low"], every=3), config)
+    alone = {}
+    for name, seed in (("high", 1), ("low", 2)):
+        twin = parameters(seed=seed)
+        theirs = EMAModel(list(twin.values()), decay=0.5, update_after_step=2)
+        for own in range(1, 13):
+            step(twin, 100 * seed + own)
+            theirs.step(list(twin.values()))
+        alone[name] = dict(zip(twin, theirs.shadow_params, strict=True))
+    done = {"high": 0, "low": 0}
+    for number in range(1, 25):
+        name = "high" if (number - 1) // 3 % 2 == 0 else "low"
+        done[name] += 1
+        step(trained[name], 100 * (1 if name == "high" else 2) + done[name])
+        averages.follow(number)
+        assert averages.began == (number >= 3)
+        expected = None if done[name] < 3 else decay_at(done[name], 3, 0.5)
+        assert averages.decay(number) == expected
+    state = averages.state()
+    assert state["high"] == state["low"] == {"origin": 3, "updated": 12}
+    for name, tensors in alone.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(state[f"{name}/{key}"], tensor)
+    with averages.exchanged():
+        for name, tensors in alone.items():
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(trained[name][key].detach(), tensor)
+
+
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[object]:
     """One process that is a group of its own, as a sharded run's are many."""
@@ -206,3 +279,15 @@ def test_on_a_gpu_it_is_what_it_is_on_the_cpu(kind: type[Average], dtype: torch.
         assert not same(bits(trained), own)
     assert same(bits(trained), own)
     ours.close()
+
+
+@pytest.mark.parametrize(("device", "beside", "on_host"), [("accelerator", 4, 0), ("cpu", 0, 8)])
+def test_the_plan_counts_its_memory(device: str, beside: int, on_host: int) -> None:
+    spec = NetworkSpec("transformer", 30, 1536, 12, 8960, 4096, 512, 16)
+    plain = Workload(spec, LatentGeometry(16, 4, 8), (81, 480, 832), 1, adapter_parameters=10**6)
+    plugin = EmaPlugin("ema", EmaConfig(use_ema=True, ema_device=device))
+    ours = predict(replace(plain, **plugin.estimate(run=None, spec=None, workload=plain)))
+    theirs = predict(plain)
+    assert ours.on_device - theirs.on_device == beside * 10**6
+    assert ours.on_host - theirs.on_host == on_host * 10**6
+    assert EmaPlugin("ema", EmaConfig()).estimate(run=None, spec=None, workload=plain) == {}

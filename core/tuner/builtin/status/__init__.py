@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from tuner.spec import ModelSpec
 
 WEIGHTS = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
-"""Files of a checkpoint that other programs load."""
+WEIGHTS += tuple(f"*/{pattern}" for pattern in WEIGHTS)
+"""Files of a checkpoint that other programs load; those of other weights, such as averages, lie in a folder."""
 
 
 class StatusPlugin(Plugin[PluginConfig]):
