@@ -201,3 +201,21 @@ def test_rank_dropout_leaves_out_rows_of_the_update(make_network, randomise):
     kept = update.abs().amax(dim=0) < 1e-6
     assert (left_out ^ kept).all()
     assert 0 < left_out.sum() < 24
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_cuda_device_it_computes_what_it_does_on_the_cpu(make_network, wan_inputs, randomise, kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    network = make_network()
+    randomise(attached(network, KINDS[kind]).state())
+    with torch.no_grad():
+        expected = network.module(**wan_inputs).sample
+    network.module.cuda()
+    inputs = {name: each.cuda() for name, each in wan_inputs.items()}
+    found = network.module(**inputs).sample
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        network.module(**inputs).sample.square().mean().backward()
+    assert all(each.grad.isfinite().all() for each in network.adapter.groups[0].parameters.values())
