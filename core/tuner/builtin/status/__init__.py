@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tuner.run import Run
     from tuner.spec import ModelSpec
 
-WEIGHTS = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
+WEIGHTS: tuple[str, ...] = ("*lora*.safetensors", "*/diffusion_pytorch_model*.safetensors")
 WEIGHTS += tuple(f"*/{pattern}" for pattern in WEIGHTS)
 """Files of a checkpoint that other programs load; those of other weights, such as averages, lie in a folder."""
 
