@@ -219,3 +219,8 @@ def test_on_a_cuda_device_it_computes_what_it_does_on_the_cpu(make_network, wan_
     with torch.autocast("cuda", torch.bfloat16):
         network.module(**inputs).sample.square().mean().backward()
     assert all(each.grad.isfinite().all() for each in network.adapter.groups[0].parameters.values())
+
+
+def test_the_library_prints_nothing(make_network, capfd):
+    attached(make_network(), {"algo": "lokr", "linear_dim": 9999, "factor": 6})
+    assert capfd.readouterr().out == ""

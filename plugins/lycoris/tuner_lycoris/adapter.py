@@ -6,11 +6,13 @@ initialised on the CPU: their start depends on neither.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lycoris.logging import logger
 from torch import Tensor, nn
 
 from tuner.builtin.adapter_state import copy_into
@@ -97,12 +99,13 @@ def attach(network: Network, chosen: Mapping[str, Chosen], settings: LycorisSett
     """
     network.module.requires_grad_(False)
     updates: dict[str, Update] = {}
-    for name, options in chosen.items():
-        base = network.module.get_submodule(name)
-        factors = KINDS[options.algo](base, options).to(device, torch.float32)
-        updates[name] = Update(factors, settings).train(base.training)
-        base.add_module(CHILD, updates[name])
-        base.register_forward_hook(_add)
+    with _quiet():
+        for name, options in chosen.items():
+            base = network.module.get_submodule(name)
+            factors = KINDS[options.algo](base, options).to(device, torch.float32)
+            updates[name] = Update(factors, settings).train(base.training)
+            base.add_module(CHILD, updates[name])
+            base.register_forward_hook(_add)
     parameters = {
         f"{name}.{tensor}": each
         for name, update in updates.items()
@@ -116,6 +119,17 @@ def attach(network: Network, chosen: Mapping[str, Chosen], settings: LycorisSett
         settings={"algo": settings.algo or "lora", "rank": settings.linear_dim, "alpha": settings.linear_alpha},
         disabled=lambda: _without(list(updates.values())),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While entered, the library prints no warnings, such as one for each width at which LoKr is whole."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def updates(module: nn.Module) -> dict[str, Update]:
