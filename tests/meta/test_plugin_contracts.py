@@ -22,6 +22,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+class TestAdapterFormats(PluginContract):
+    plugin = "adapter_formats"
+
+
 class TestCheckpointing(PluginContract):
     plugin = "checkpointing"
 
@@ -37,6 +41,7 @@ class TestDataReport(PluginContract):
 
 class TestEma(PluginContract):
     plugin = "ema"
+    legacy_keys = frozenset({"use_ema"})
 
 
 class TestEpochs(PluginContract):
