@@ -117,6 +117,10 @@ class NetworkSpec:
     """What a block holds, where the family knows it: given the network, whether its own weights are trained, and
     whether each token has a time. None takes the usual block's."""
 
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
+    """Shapes of all weights by module name, in the blocks and outside, where the family knows them: adapter files are
+    held against these."""
+
     @property
     def matrices(self) -> tuple[Linear, ...]:
         """``linears``, or those of the usual block of this width."""

@@ -1,6 +1,7 @@
 """Plugins that come with the core and are loaded, listed and left out like any other."""
 
 BUILTINS = {
+    "adapter_formats": "tuner.builtin.adapter_formats:AdapterFormatsPlugin",
     "checkpointing": "tuner.builtin.checkpointing:CheckpointingPlugin",
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",

@@ -91,6 +91,40 @@ class SurveyHooks:
         """
 
     @hookspec
+    def known_models(self, run: Run) -> Iterable[ModelSpec]:
+        """Name the models that this plugin knows without being told where one is.
+
+        Called: all, by commands on adapter files, when neither the file nor its user says which model it is for.
+        Arguments: ``run``, without device and model spec, of a config that names the family alone.
+        Returns: ModelSpecs whose networks have ``weights``, the usual model first; no torch, no download.
+
+        Example::
+
+            @hookimpl
+            def known_models(self, run):
+                from my_family.describe import FLAVOURS, spec_of
+                return [spec_of(flavour) for flavour in FLAVOURS]
+        """
+
+    @hookspec
+    def adapter_formats(self, run: Run) -> Mapping[str, Any]:
+        """Offer formats of adapter files.
+
+        Called: all, once, after ``describe_model``; also by commands on adapter files.
+        Arguments: ``run``.
+        Returns: name -> an AdapterFormat (``tuner.builtin.adapter_file``): whether a file is of this format by its
+        keys, what it says of each module, and the way back. A name offered twice is an error. The merged mapping is
+        ``run.adapter_formats``; the last format that claims a file is taken.
+
+        Example::
+
+            @hookimpl
+            def adapter_formats(self, run):
+                from my_tool.format import MyFormat
+                return {"mine": MyFormat()}
+        """
+
+    @hookspec
     def token_selectors(self, run: Run) -> Mapping[str, TokenSelector]:
         """Offer ways to choose which tokens a route keeps.
 
