@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from tuner import Plugin, PluginConfig, hookimpl, key
@@ -48,6 +49,13 @@ class WanPlugin(Plugin[WanConfig]):
         from tuner_wan.describe import describe
 
         return describe(run.config, self.config)
+
+    @hookimpl
+    def known_models(self, run: Run) -> Iterable[ModelSpec]:
+        """Every flavour."""
+        from tuner_wan.describe import known
+
+        return known(run.config)
 
     @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:

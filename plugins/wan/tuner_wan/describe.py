@@ -76,6 +76,11 @@ def describe(core: CoreConfig, own: WanConfig | None = None) -> ModelSpec:
     )
 
 
+def known(core: CoreConfig) -> list[ModelSpec]:
+    """Every flavour, as published; ``core`` names none."""
+    return [describe(core.model_copy(update={"model_flavour": name})) for name in FLAVOURS]
+
+
 def locate(core: CoreConfig, own: WanConfig | None, flavour: Flavour) -> dict[str, Part]:
     """Every part of the configured model by name, the expert that is only validated with among them."""
     if own is not None and own.wan_validation_load_other_stage and flavour.expert is not None:
@@ -159,17 +164,16 @@ def _network(name: str, config: Mapping[str, Any], flavour: Flavour, sigma_range
         image_tokens=flavour.image_tokens,
         activations=costs.activations,
     )
-    return replace(network, other=_outside_blocks(network, config, flavour))
-
-
-def _outside_blocks(network: NetworkSpec, config: Mapping[str, Any], flavour: Flavour) -> int:
-    """Parameters outside the blocks."""
-    return dimensions.other(
+    out_channels = config.get("out_channels") or flavour.latent_channels
+    frequencies = config.get("freq_dim", dimensions.FREQUENCIES)
+    image_dim = config.get("image_dim", dimensions.IMAGE_DIM) if flavour.image_context else None
+    positions = flavour.image_tokens if flavour.condition == "first_and_last_frame" else 0
+    return replace(
         network,
-        config.get("out_channels") or flavour.latent_channels,
-        frequencies=config.get("freq_dim", dimensions.FREQUENCIES),
-        image_dim=config.get("image_dim", dimensions.IMAGE_DIM) if flavour.image_context else None,
-        image_positions=flavour.image_tokens if flavour.condition == "first_and_last_frame" else 0,
+        other=dimensions.other(
+            network, out_channels, frequencies=frequencies, image_dim=image_dim, image_positions=positions
+        ),
+        weights=dimensions.weights(network, out_channels, frequencies=frequencies, image_dim=image_dim),
     )
 
 

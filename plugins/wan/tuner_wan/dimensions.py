@@ -60,5 +60,35 @@ def other(
     return patches + time + text + image + 2 * dim
 
 
+def weights(
+    network: NetworkSpec,
+    out_channels: int,
+    *,
+    frequencies: int = FREQUENCIES,
+    image_dim: int | None = None,
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of all weights by module name; ``image_dim`` is the width of embedded frames, where there are any."""
+    dim, patch = network.dim, prod(network.patch)
+    found: dict[str, tuple[int, ...]] = {"patch_embedding": (dim, network.in_channels, *network.patch)}
+    embedder = "condition_embedder"
+    found[f"{embedder}.time_embedder.linear_1"] = (dim, frequencies)
+    found[f"{embedder}.time_embedder.linear_2"] = (dim, dim)
+    found[f"{embedder}.time_proj"] = (6 * dim, dim)
+    found[f"{embedder}.text_embedder.linear_1"] = (dim, network.text_dim)
+    found[f"{embedder}.text_embedder.linear_2"] = (dim, dim)
+    if image_dim is not None:
+        found[f"{embedder}.image_embedder.norm1"] = (image_dim,)
+        found[f"{embedder}.image_embedder.ff.net.0.proj"] = (image_dim, image_dim)
+        found[f"{embedder}.image_embedder.ff.net.2"] = (dim, image_dim)
+        found[f"{embedder}.image_embedder.norm2"] = (dim,)
+    norms = [f"attn{attention}.norm_{each}" for attention in (1, 2) for each in "qk"]
+    norms += ["norm2", *(["attn2.norm_added_k"] if image_dim is not None else [])]
+    for block in range(network.blocks):
+        found |= {f"blocks.{block}.{each.name}": (each.outputs, each.inputs) for each in network.linears}
+        found |= {f"blocks.{block}.{each}": (dim,) for each in norms}
+    found["proj_out"] = (out_channels * patch, dim)
+    return found
+
+
 def _layer(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
