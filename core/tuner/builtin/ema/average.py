@@ -87,10 +87,10 @@ class HostAverage(Average):
         self.settle()
         values = self._parts(self._parameters)
         for stage, value in zip(self._stages, values, strict=True):
-            stage.copy_(value, non_blocking=True)
+            stage.copy_(value, non_blocking=value.is_cuda)
         self._under_way = self._worker.submit(self._add, _recorded(values), weight)
 
-    def _add(self, copied: Iterable[torch.Event], weight: float) -> None:
+    def _add(self, copied: Iterable[torch.cuda.Event], weight: float) -> None:
         for event in copied:
             event.synchronize()
         move_towards(self._parts(self._tensors), self._stages, weight)
@@ -144,7 +144,11 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
-def _recorded(values: Sequence[Tensor]) -> list[torch.Event]:
-    """An event on the current stream of each device that ``values`` were just copied from without waiting."""
-    devices = {value.device for value in values} if torch.cuda.is_available() else set()
-    return [torch.cuda.current_stream(each).record_event() for each in devices if each.type == "cuda"]
+def _recorded(values: Sequence[Tensor]) -> list[torch.cuda.Event]:
+    """An event on the current stream of each CUDA device, behind the copies of ``values`` that nobody waited for."""
+    events = []
+    for device in {value.device for value in values if value.is_cuda}:
+        event = torch.cuda.Event(blocking=True)  # whoever waits sleeps, and leaves the core to the next step
+        event.record(torch.cuda.current_stream(device))
+        events.append(event)
+    return events
