@@ -25,7 +25,8 @@ def gathered(tensor: Tensor) -> Tensor:
     from torch import distributed
 
     whole = whole_of(tensor.detach())
-    return whole.cpu() if distributed.get_rank() == 0 else whole.new_empty(0, device="cpu")
+    # A copy: where parts are of unequal size it is a view into more memory.
+    return whole.to("cpu", copy=True) if distributed.get_rank() == 0 else whole.new_empty(0, device="cpu")
 
 
 def cut_like(tensor: Tensor, other: Any) -> Tensor:

@@ -108,7 +108,7 @@ def test_a_launcher_spreads_the_work_and_one_process_speaks(work: Work, call: An
 
 
 def test_an_error_in_several_processes_is_shown_once_and_ends_them(work: Work) -> None:
-    """First only the second has a full disk; then both are told that they may not train."""
+    """Only the second has a full disk."""
     (work.folder / "site" / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
@@ -124,9 +124,7 @@ def test_an_error_in_several_processes_is_shown_once_and_ends_them(work: Work) -
     assert code != 0
     assert said.count("error: the disk is full: the cache cannot be written") == 1
     assert not [path for path in work.cache.rglob("*") if path.name.startswith(".tuner-partial")]
-    code, said = spread(work, "run", "--config", "config.json")
-    assert code != 0
-    assert said.count("error: 2 processes were launched, and several devices are not supported yet") == 1
+
 
 
 def test_a_full_check_finds_what_a_usual_start_believes(work: Work, call: Any) -> None:

@@ -114,8 +114,9 @@ def test_a_launcher_s_processes_say_once_what_is_wrong(job, tmp_path):
     broken = [{**entry, "instance_data_dir": "nowhere"} for entry in job.config("x")["data_backend_config"][:1]]
     config = tmp_path / "config.json"
     config.write_text(json.dumps(job.config("several-broken", data_backend_config=broken)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "tuner", "run"]
+    command = [sys.executable, "-m", "tuner", "launch", "--processes", "2"]
     env = environment(job.distribution, OMP_NUM_THREADS="1")
     done = subprocess.run([*command, "--config", str(config)], env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
+    assert done.returncode == 2, done.stderr
     assert done.stderr.count("does not exist: nowhere") == 1, done.stderr
+    assert "Traceback" not in done.stderr

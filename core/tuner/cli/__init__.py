@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from tuner import processes
-from tuner.cli import cache, check, plan, plugins, run
+from tuner.cli import cache, check, launch, plan, plugins, run
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 _KEYS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("run", context_settings=_KEYS_AS_FLAGS)(run.run)
 app.command("train", context_settings=_KEYS_AS_FLAGS, hidden=True)(run.run)
+app.command("launch", context_settings=_KEYS_AS_FLAGS)(launch.launch)
 app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
 app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
 app.command("plan", context_settings=_KEYS_AS_FLAGS)(plan.plan)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tuner import pipeline
+from tuner.assembly import settle
 from tuner.data.cached import entries_in_use, entry_keys
 from tuner.data.store import PACKED_SUFFIX, SUFFIX, Store
 from tuner.files import TEMPORARY
@@ -46,6 +47,7 @@ class Unused:
 
 def unused_entries(assembly: Assembly) -> Unused:
     """The entries in this config's cache folders that no clip and no caption of it uses, as encoded on this machine."""
+    assembly = settle(assembly)
     found = pipeline.survey(assembly)
     Engine(found.run)
     model: Model = assembly.manager.hook.load_model(run=found.run)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from tuner import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FORWARDED = 5.0
+"""Seconds in which a second signal to one of several processes is the first one again, sent on by the launcher."""
 
 
 class Interrupt:
@@ -17,12 +22,15 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._since = 0.0
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Signal handler."""
-        if self.requested is not None:
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, now
+        elif processes.launched()[1] == 1 or now - self._since > FORWARDED:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
 
 
 @contextmanager

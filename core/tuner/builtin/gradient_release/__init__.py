@@ -45,6 +45,12 @@ class GradientReleasePlugin(Plugin[GradientReleaseConfig]):
     def configure(self, run: Run) -> None:
         """Refuse what needs all gradients at once."""
         if self.config.gradient_release:
+            if run.process_count > 1:
+                raise ConfigError(
+                    f"{run.process_count} processes were launched, and released gradients cannot be summed over them",
+                    where="gradient_release: true",
+                    remedy="leave gradient_release out; fsdp_enable: true spreads gradients over the processes",
+                )
             for what, remedy in self._refused(run.config):
                 raise ConfigError(what, where="gradient_release: true", remedy=remedy)
 
