@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tuner import rng
+from tuner.builtin import adapter_file, adapter_names
 from tuner.builtin.lora import LoraConfig, LoraPlugin
 from tuner.errors import CheckpointError, ConfigError
 from tuner.model import Stage
@@ -30,7 +31,7 @@ TENSORS = {
         {"algo": "loha", "linear_dim": 4, "linear_alpha": 10},
         {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     ),
-    "locon": ({"algo": "locon", "linear_dim": 4, "linear_alpha": 10}, {"lora_up.weight", "lora_down.weight"}),
+    "locon": ({"algo": "locon", "linear_dim": 4, "linear_alpha": 10}, {"lora_A.weight", "lora_B.weight"}),
     "multiplied": (
         {"algo": "lokr", "linear_dim": 10000, "factor": 4, "multiplier": 0.5, "use_scalar": True},
         {"lokr_w1", "lokr_w2"},
@@ -67,7 +68,7 @@ def saved(trained, folder, settings, **keys):
 
 
 @pytest.mark.parametrize("kind", TENSORS)
-def test_comfyui_names_are_wans_own_with_the_librarys_tensors(trained, tmp_path, kind):
+def test_comfyui_names_are_wans_own(trained, tmp_path, kind):
     settings, names = TENSORS[kind]
     path, _ = saved(trained, tmp_path, settings)
     alpha = set() if kind == "full" else {"alpha"}
@@ -90,7 +91,7 @@ def test_the_values_are_the_trained_ones(trained, tmp_path):
 
 def test_kohya_names_are_flat(trained):
     _, _, model = trained(TENSORS["lokr"][0])
-    tensors = files.export(updates(model.network.module), model.spec, "kohya")
+    tensors, _ = files.export(model.network.module, model.spec, "kohya", {})
     assert {name.partition(".")[0] for name in tensors} == {
         f"lora_unet_blocks_{block}_{module.replace('.', '_')}" for block in range(2) for module in MODULES
     }
@@ -140,7 +141,7 @@ def test_metadata_says_what_it_is_and_nothing_of_the_machine(trained, tmp_path):
         "tuner.format": "comfyui",
         "tuner.network": "transformer",
         "ss_network_dim": "2",
-        "ss_network_alpha": "5.0",
+        "ss_network_alpha": "5",
         "modelspec.title": "out",
     }
     assert expected.items() <= metadata.items()
@@ -164,10 +165,32 @@ def test_a_name_table_that_does_not_fit_is_refused_before_anything_is_written(tr
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_that_make_another_matrix_are_refused(trained, tmp_path, kind):
     plugin, run, model = trained(TENSORS[kind][0])
-    model.network.module.get_submodule("blocks.0.attn1.to_q").lycoris.factors.shape = (24, 25)
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn1\.to_q.*\(24, 25\)"):
+    model.network.module.get_submodule("blocks.0.attn1.to_q").in_features = 25
+    with pytest.raises(CheckpointError, match=r"keys do not fit the model[\s\S]*\(24, 25\)"):
         plugin.save(run, model, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "kohya", "lycoris"])
+@pytest.mark.parametrize("kind", TENSORS)
+@torch.no_grad()
+def test_our_own_reader_finds_the_update_that_was_trained(trained, tmp_path, kind, layout):
+    """`tuner convert` and `tuner merge` read files with it."""
+    _, _, model = trained(TENSORS[kind][0])
+    module = model.network.module
+    path = tmp_path / "file.safetensors"
+    adapter_file.save(*files.export(module, model.spec, layout, {}), path)
+    found = updates(module)
+    shapes = {name: each.factors.shape for name, each in found.items()}
+    file = adapter_file.read(path, model.spec, shapes, adapter_names.FORMATS)
+    assert file.updates.keys() == found.keys()
+    assert file.notes == ()
+    for name, update in found.items():
+        wanted = update.factors.double().weight() * update.settings.multiplier
+        read = file.updates[name].delta(update.factors.shape, dtype=torch.float64)
+        torch.testing.assert_close(read, wanted, atol=1e-7, rtol=1e-6)
+        if kind == "full":
+            assert torch.equal(file.biases[name].double(), update.factors.tensor("diff_b"))
 
 
 def test_two_experts_get_two_files(spec):

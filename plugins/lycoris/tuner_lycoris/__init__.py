@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tuner import ConfigError, Plugin, PluginConfig, hookimpl, key
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tuner.config.keys import CoreConfig
     from tuner.model import Adapter, Model, Network, Transform
     from tuner.run import Run
@@ -159,16 +157,16 @@ class LycorisPlugin(Plugin[LycorisConfig]):
         """Write one file for each network, its tensors checked against the network's matrices."""
         if not self.is_active(run.config):
             return []
+        from tuner.builtin.adapter_file import save
         from tuner_lycoris import files
-        from tuner_lycoris.adapter import updates
 
         written, layout = [], self._format(run)
         for network in model.networks.values():
-            tensors: dict[str, Tensor] = files.export(updates(network.module), model.spec, layout)
+            described = files.described(model.spec, network.spec, self._facts(run))
+            tensors, metadata = files.export(network.module, model.spec, layout, described)
             if run.is_main:
                 path = directory / files.file_name(network.spec, alone=len(model.networks) == 1)
-                described = files.metadata(model.spec, network.spec, layout, self._facts(run))
-                files.write(tensors, described, path)
+                save(tensors, metadata, path)
                 written.append(path)
         return written
 
@@ -177,8 +175,6 @@ class LycorisPlugin(Plugin[LycorisConfig]):
         core, settings = run.config, self.settings
         return {
             "algo": settings.algo or "lora",
-            "rank": settings.linear_dim,
-            "alpha": settings.linear_alpha,
             "lycoris_config": self._written(),
             "steps": run.step,
             "seed": core.seed,
