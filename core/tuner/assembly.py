@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tuner import processes
@@ -11,7 +12,7 @@ from tuner.config import warnings
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
 from tuner.config.owners import CORE, KeyIndex, Split, Splitter, canonical, claims, raise_all, unknown_key
-from tuner.errors import TunerError
+from tuner.errors import PluginError, TunerError
 from tuner.manager import Manager
 from tuner.plugin import AnyPlugin, PluginConfig
 from tuner.run import Run
@@ -27,7 +28,7 @@ class Assembly:
     plugins: dict[str, AnyPlugin]
     """Every loaded plugin, built-ins included, in the order their hooks are called."""
     explicit: frozenset[str]
-    """Keys that the user set and that count in this run."""
+    """Keys that are set, by the user or by a proposal, and that count in this run."""
     notes: tuple[str, ...] = ()
     """What was set aside, one line for each plugin."""
     warnings: tuple[str, ...] = ()
@@ -36,6 +37,10 @@ class Assembly:
     """Where each loaded plugin comes from."""
     reasons: Mapping[str, str] = field(default_factory=dict)
     """Why each installed plugin is loaded or not."""
+    proposed: Mapping[str, Any] = field(default_factory=dict)
+    """Keys that plugins set where the user did not (see the hook ``propose_settings``)."""
+    again: Callable[..., Assembly] | None = field(default=None, repr=False)
+    """Assembles the same config with ``proposed``."""
 
 
 def assemble(
@@ -45,6 +50,7 @@ def assemble(
     without: Sequence[str] = (),
     strict: bool | None = None,
     catalog: Catalog | None = None,
+    proposed: Mapping[str, Any] = {},
 ) -> Assembly:
     """Assemble a run from a flat config.
 
@@ -54,12 +60,16 @@ def assemble(
         without: leave these out, beside the config's ``without``.
         strict: overrides the config's ``strict``.
         catalog: what is installed, for tests.
+        proposed: keys set by plugins, beside those of ``raw``.
 
     Raises ConfigError or PluginError, with everything that one reading of the config finds wrong.
     """
     catalog = catalog or Catalog()
     wanted, index, settings = _read(raw, plugins, without, catalog)
-    sources: Mapping[str, str] = getattr(raw, "sources", {})
+    if taken := sorted(settings.keys() & proposed.keys()):
+        raise PluginError(f"a plugin proposes keys that the config sets: {', '.join(taken)}", where="propose_settings")
+    settings |= proposed
+    sources: Mapping[str, str] = getattr(raw, "sources", {}) | dict.fromkeys(proposed, "proposed by a plugin")
     selection = _select(settings, wanted, index, sources)
     if strict is not None:
         settings["strict"] = strict
@@ -74,10 +84,33 @@ def assemble(
     told = [*split.warnings, *warnings.pending(configs, used)]
     told += [warning for plugin in loaded.values() for warning in plugin.warnings(core)]
     notes = (*split.notes, *_ignored(catalog, selection))
-    assembly = Assembly(core, manager, loaded, frozenset(used), notes, tuple(told), found, selection.reasons)
+    again = partial(assemble, raw, plugins=plugins, without=without, strict=strict, catalog=catalog)
+    facts = (notes, tuple(told), found, selection.reasons, proposed, again)
+    assembly = Assembly(core, manager, loaded, frozenset(used), *facts)
     manager.hook.configure(run=new_run(assembly))
     judge_conflicts({name: plugin for name, plugin in loaded.items() if plugin.is_active(core)}, found)
     return assembly
+
+
+def settle(assembly: Assembly) -> Assembly:
+    """``assembly`` with the settings that its plugins propose, and the plugins that those select; once.
+
+    Of several processes the main one asks, and its answer holds for all. Raises what a plugin raises, and PluginError
+    where two propose one key, or one a key that the user set.
+    """
+    run = new_run(assembly)
+    with processes.together():
+        ask = run.is_main and not assembly.proposed
+        proposed = assembly.manager.registry("propose_settings", run) if ask else {}
+    proposed = processes.gather(proposed)[0]
+    if not proposed or assembly.again is None:
+        return assembly
+    with processes.together():
+        settled: Assembly = assembly.again(proposed=proposed)
+    for line in settled.warnings:
+        if line not in assembly.warnings and run.is_main:
+            run.log.warning("%s", line)
+    return settled
 
 
 def new_run(assembly: Assembly) -> Run:

@@ -74,6 +74,7 @@ def manifest(assembly: Assembly, found: Survey) -> dict[str, Any]:
         "packages": {name: _version(name) for name in RECORDED},
         "plugins": sorted(assembly.plugins),
         "set_aside": list(assembly.notes),
+        "proposed": dict(assembly.proposed),
         "model": {"family": found.spec.family, "flavour": found.spec.flavour, "base": found.spec.base},
         "total_steps": found.total,
         "samples": len(found.prepared.samples),

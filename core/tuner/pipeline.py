@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner import attention, output, processes, workload
+from tuner.assembly import new_run, settle
 from tuner.train import checkpoint, optimizers, schedules
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ def survey(assembly: Assembly) -> Survey:
     Raises the first ConfigError, ModelError or DataError that the user can mend.
     """
     from tuner import flow
-    from tuner.assembly import new_run
     from tuner.data import compression
 
     run = new_run(assembly)
@@ -61,7 +61,7 @@ def survey(assembly: Assembly) -> Survey:
     flow.check(run.config, spec.networks)
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
-    run.trained_shape = _most_frequent_shape(prepared)
+    run.trained_shape = most_frequent_shape(prepared)
     wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
     prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
     plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=run.process_count)
@@ -85,7 +85,7 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     return spec
 
 
-def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
+def most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
     """(frames, height, width) that most clips are trained at; of several equally frequent ones the largest."""
     counts = Counter(sample.bucket for sample in prepared.samples)
     if not counts:
@@ -96,7 +96,7 @@ def _most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
 
 def check(assembly: Assembly) -> None:
     """Everything ``run`` does before it reads weights; the plugins say what would happen."""
-    survey(assembly)
+    survey(settle(assembly))
 
 
 def cache(assembly: Assembly, *, verify: bool = False) -> None:
@@ -107,6 +107,7 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
     from tuner.train.engine import Engine
 
     with processes.joined():
+        assembly = settle(assembly)
         with processes.together():
             found = survey(assembly)
         Engine(found.run)
@@ -118,7 +119,7 @@ def cache(assembly: Assembly, *, verify: bool = False) -> None:
 def run(assembly: Assembly) -> None:
     """The whole job. Raises TunerError for whatever a user can mend."""
     with processes.joined():
-        _run(assembly)
+        _run(settle(assembly))
 
 
 def _run(assembly: Assembly) -> None:

@@ -32,6 +32,11 @@ class Scribe(Plugin[PluginConfig]):
         self.note("configure", run, spec=run.spec)
 
     @hookimpl
+    def propose_settings(self, run):
+        self.note("propose_settings", run, spec=run.spec)
+        return {}
+
+    @hookimpl
     def optimizers(self, run):
         self.note("optimizers", run, described=run.spec is not None)
         return {}
@@ -242,6 +247,7 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
     start = before.index("on_train_start")
     assert before[: start + 1] == [
         "configure",
+        "propose_settings",
         "optimizers",
         "lr_curves",
         "token_selectors",

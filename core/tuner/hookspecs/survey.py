@@ -40,6 +40,25 @@ class SurveyHooks:
         """
 
     @hookspec
+    def propose_settings(self, run: Run) -> Mapping[str, Any]:
+        """Set keys that the user did not set, for this run.
+
+        Called: all, on the main process, once, after ``configure`` and before everything else; also by ``tuner check``,
+        ``plan`` and ``cache``. The run is then assembled anew with the answers, so that plugins which they select are
+        loaded; that assembly is not asked again.
+        Arguments: ``run``, without device and model spec; ``run.explicit`` names the keys that the user set.
+        Returns: key -> value, ``{}`` for none. A key that the user set, or that two plugins propose, is an error.
+        Checkpoints say in their manifest what was ``proposed``: a plugin whose answer depends on the machine takes it
+        from there when the run goes on.
+
+        Example::
+
+            @hookimpl
+            def propose_settings(self, run):
+                return {} if "vae_enable_tiling" in run.explicit else {"vae_enable_tiling": self.config.small_card}
+        """
+
+    @hookspec
     def optimizers(self, run: Run) -> Mapping[str, OptimizerChoice]:
         """Offer optimizers.
 
