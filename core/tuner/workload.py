@@ -70,6 +70,8 @@ class Workload:
     """Every so many-th block is checkpointed."""
     feed_forward_tokens: int | None = None
     """Tokens that a feed-forward layer computes at a time, recomputed in backward; None is all, kept."""
+    rendered: tuple[int, int, int] | None = None
+    """(frames, height, width) in pixels of the clips that validation renders; None is no rendering."""
 
     @property
     def tokens(self) -> int:

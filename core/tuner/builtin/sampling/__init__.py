@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tuner.run import Run
     from tuner.spec import ModelSpec
     from tuner.validate.results import Validation
+    from tuner.workload import Workload
 
 
 class SamplingPlugin(Plugin[PluginConfig]):
@@ -59,6 +60,16 @@ class SamplingPlugin(Plugin[PluginConfig]):
 
         if self._all(run) and (note := untrained(run, spec, data)):
             self._say(run, note)
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """What validation renders."""
+        from tuner.builtin.sampling.settings import settings_for
+
+        if not self._all(run):
+            return {}
+        settings, _ = settings_for(run, spec)
+        return {"rendered": (settings.frames, settings.height, settings.width)}
 
     @hookimpl
     def extra_captions(self, run: Run) -> Iterable[str]:
