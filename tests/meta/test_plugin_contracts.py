@@ -94,6 +94,10 @@ class TestLycoris(PluginContract):
     plugin = "lycoris"
 
 
+class TestMetrics(PluginContract):
+    plugin = "metrics"
+
+
 class TestNoiseLevels(PluginContract):
     plugin = "noise_levels"
 
@@ -159,6 +163,11 @@ class TestSources(PluginContract):
 
 class TestStatus(PluginContract):
     plugin = "status"
+
+
+class TestTrackers(PluginContract):
+    plugin = "trackers"
+    legacy_keys = frozenset({"report_to", "tracker_project_name", "tracker_run_name", "webhook_config"})
 
 
 class TestTread(PluginContract):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tuner.testing.clips import render_clip
+from tuner.testing.local_log import timeless_lines
 from tuner.testing.plugin_env import importable, toy_distribution
 from tuner.testing.toy import build_toy
-
-TIMES = {"seconds", "peak_memory_bytes"}
 
 
 class Job:
@@ -94,12 +92,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture(scope="session")
 def steps_of() -> Callable[[Path], list[dict[str, Any]]]:
     """The local log of an output folder, without what depends on the clock."""
-
-    def read(output: Path) -> list[dict[str, Any]]:
-        lines = (output / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-    return read
+    return timeless_lines
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from tuner import pipeline
 from tuner.assembly import assemble
 from tuner.errors import ConfigError
 from tuner.testing.clips import render_clip
+from tuner.testing.local_log import timeless_lines
 from tuner.testing.opened import opened
 from tuner.train.session import Session
 from tuner.train.step import _loss, make_batch
@@ -192,9 +192,7 @@ def test_levels_above_an_experts_own_are_not_asked_of_it(settings: Settings) -> 
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
-    times = ("seconds",)
-    read = [json.loads(line) for line in (output / "train.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in times} for line in read]
+    return timeless_lines(output)
 
 
 def trained(config: dict[str, Any], **more: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,13 @@ from tuner import pipeline
 from tuner.assembly import assemble
 from tuner.errors import ConfigError
 from tuner.testing.clips import render_clip
+from tuner.testing.local_log import timeless_lines
 from tuner_tread.ranges import keep_count
 from tuner_wan.tiny import build_tiny
 
 Run = Callable[..., Path]
 BLOCKS, TOKENS, STEPS = 4, 8, 6
 """Of the tiny model, of a clip of 5 frames of 32x32, of a run."""
-CLOCK = {"seconds", "peak_memory_bytes"}
 
 
 def routes(ratio: float) -> dict[str, Any]:
@@ -71,8 +70,7 @@ def run(folder: Path) -> Run:
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (output / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in found]
+    return timeless_lines(output)
 
 
 def plain(output: Path) -> list[dict[str, Any]]:

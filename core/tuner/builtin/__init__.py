@@ -12,6 +12,7 @@ BUILTINS = {
     "full": "tuner.builtin.full:FullPlugin",
     "gradient_release": "tuner.builtin.gradient_release:GradientReleasePlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
+    "metrics": "tuner.builtin.metrics:MetricsPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",
     "optimizers": "tuner.builtin.optimizers:OptimizersPlugin",
     "pending": "tuner.builtin.pending:PendingPlugin",
@@ -22,6 +23,7 @@ BUILTINS = {
     "sharding": "tuner.builtin.sharding:ShardingPlugin",
     "sources": "tuner.builtin.sources:SourcesPlugin",
     "status": "tuner.builtin.status:StatusPlugin",
+    "trackers": "tuner.builtin.trackers:TrackersPlugin",
     "watchdog": "tuner.builtin.watchdog:WatchdogPlugin",
 }
 """Plugin name to ``module:Class``."""

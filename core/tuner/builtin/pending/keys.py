@@ -6,8 +6,6 @@ warning that it has no effect yet. A key leaves this file for its plugin when it
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tuner.plugin import PluginConfig, key
 
 
@@ -23,10 +21,6 @@ class PendingKeys(PluginConfig):
         False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads"
     )
     hub_model_id: str | None = key(None, "Repository to upload to.", pending="nothing is uploaded")
-    report_to: str = key("none", "Trackers, such as `wandb`.", pending="only the local log is written")
-    tracker_project_name: str | None = key(None, "Project name for trackers.", pending="only the local log is written")
-    tracker_run_name: str | None = key(None, "Run name for trackers.", pending="only the local log is written")
-    webhook_config: Path | None = key(None, "Webhook settings file.", pending="no webhook is called")
     validation_guidance_skip_layers: list[int] | None = key(
         None, "Blocks skipped by skip-layer guidance.", pending="clips are rendered with plain guidance"
     )

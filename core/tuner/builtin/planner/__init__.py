@@ -41,6 +41,8 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         super().__init__(name, config)
         self._plan: Order | None = None
         self._window: Window | None = None
+        self._card: Card | None = None
+        self._network: NetworkSpec | None = None
 
     def card(self) -> Card | None:
         """The card named in the config. Raises ConfigError for one that is not known."""
@@ -74,6 +76,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         ]
         run.log.info("%s", summary(costs, card))
         self._window = Window(card)
+        self._card = card if run.device.type == "cuda" else None
 
     @hookimpl
     def memory_advice(self, run: Run, model: Model) -> Iterable[str]:
@@ -88,6 +91,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
     @hookimpl
     def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
         """Once, when enough steps are done, say what they took."""
+        self._network = model.network.spec
         if self._window is None:
             return
         dropped = metrics.get(DROPPED)
@@ -97,6 +101,19 @@ class PlannerPlugin(Plugin[PlannerConfig]):
             for line in self._window.report():
                 run.log.info("%s", line)
             self._window = None
+
+    @hookimpl
+    def log_metrics(self, run: Run, line: Mapping[str, Any]) -> Mapping[str, float]:
+        """MFU of the line's step, in this process, where the card is known."""
+        if self._card is None or self._network is None:
+            return {}
+        from tuner.builtin.planner.measure import utilisation
+
+        return {
+            "planner/mfu": utilisation(
+                self._workloads(run, self._network, line.get(DROPPED)), line["seconds"], self._card
+            )
+        }
 
     def _workloads(self, run: Run, network: NetworkSpec, dropped: float | None) -> Sequence[Workload]:
         """Of the micro-batches that this process did in the last step."""

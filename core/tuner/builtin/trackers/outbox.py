@@ -1,0 +1,87 @@
+"""Calls to one service outside the run, made in a thread of its own: the run never waits for them.
+
+One thread for each service, so that one that hangs holds up no other; one at a time and in order, as some libraries
+keep what is open by thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+LIMIT = 1000
+"""Messages that wait at most."""
+PATIENCE = 30.0
+"""Seconds that the end of a run waits for what is still on its way."""
+
+Call = Callable[[], None]
+
+
+class Outbox:
+    """Messages to one service. What is wrong with it is said once, and how many were lost at the end."""
+
+    def __init__(self, name: str, log: logging.Logger, opening: Call, *, limit: int = LIMIT) -> None:
+        """Begin, with ``opening`` as the first call: where that fails, nothing else is tried.
+
+        Arguments
+            name: what messages call the service, such as ``report_to wandb``.
+        """
+        self.name, self.lost = name, 0
+        self._log, self._opening = log, opening
+        self._waiting: queue.Queue[Call | None] = queue.Queue(limit)
+        self._said = self._shut = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, call: Call) -> None:
+        """Have it called soon; it is lost where the service is too slow or could not be opened."""
+        if self._shut:
+            self.lost += 1
+            return
+        try:
+            self._waiting.put_nowait(call)
+        except queue.Full:
+            self._lose(f"fell behind: {self._waiting.maxsize} messages wait, and new ones are dropped")
+
+    def finish(self, until: float) -> None:
+        """Wait for what is on its way, at the longest until the clock ``time.monotonic`` shows ``until``."""
+        try:
+            self._waiting.put(None, timeout=max(0.0, until - time.monotonic()))
+            self._thread.join(max(0.0, until - time.monotonic()))
+        except queue.Full:
+            pass
+        unsent = self._waiting.qsize() if self._thread.is_alive() else 0
+        if self._thread.is_alive():
+            self._shut = True
+            self._log.warning("%s does not answer: the run ends without it", self.name)
+        if self.lost + unsent:
+            self._log.warning("%s: %d messages were lost; train.jsonl is whole", self.name, self.lost + unsent)
+
+    def _work(self) -> None:
+        try:
+            self._opening()
+        except BaseException as error:  # libraries of trackers also exit
+            self._shut = True
+            self._lose(f"could not be opened: {_said(error)}", messages=0)
+        while (call := self._waiting.get()) is not None:
+            if self._shut:
+                self.lost += 1
+                continue
+            try:
+                call()
+            except BaseException as error:
+                self._lose(f"failed: {_said(error)}")
+
+    def _lose(self, why: str, messages: int = 1) -> None:
+        self.lost += messages
+        if not self._said:
+            self._said = True
+            self._log.warning("%s %s; the run goes on, train.jsonl is whole", self.name, why)
+
+
+def _said(error: BaseException) -> str:
+    """An error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
