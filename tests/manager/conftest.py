@@ -42,6 +42,10 @@ class Family(Plugin[PluginConfig]):
         return "encoded"
 
     @tuner.hookimpl
+    def fill_cache(self, run: Any, model: Any) -> str:
+        return "filled"
+
+    @tuner.hookimpl
     def compute_loss(self, run: Any, model: Any, batch: Any) -> str:
         return "loss"
 

@@ -167,6 +167,7 @@ def test_hooks_of_lists_what_a_class_implements(make_catalog: MakeCatalog) -> No
         "compute_loss",
         "describe_model",
         "encode_batch",
+        "fill_cache",
         "load_model",
         "plan_epochs",
         "prepare_data",
