@@ -9,7 +9,7 @@ whole difference.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -63,8 +63,7 @@ class Update:
         ``base``: the weight itself, which DoRA's difference depends on (arXiv:2402.09353, eq. 5). Raises
         CheckpointError where it is needed and absent, RuntimeError where the factors do not make that shape.
         """
-        found = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        added: Tensor = (_PRODUCTS[self.kind](found) * self.scale).reshape(*shape)
+        added = self.product(dtype).reshape(*shape)
         if self.dora_scale is None:
             return added
         if base is None:
@@ -74,6 +73,11 @@ class Update:
         norms = torch.linalg.vector_norm(merged, dim=axes, keepdim=True)
         decomposed: Tensor = merged * (self.dora_scale.to(dtype).reshape(norms.shape) / norms)
         return decomposed - base.to(dtype)
+
+    def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the factors make, scaled: a matrix (out, the rest), or a difference in its own shape."""
+        found = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
+        return _PRODUCTS[self.kind](found) * self.scale
 
     @property
     def by_rows(self) -> bool:
@@ -112,7 +116,7 @@ def _low_rank(found: Mapping[str, Tensor]) -> Tensor:
     return up @ down
 
 
-_PRODUCTS = {
+_PRODUCTS: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = {
     "lora": _low_rank,
     "hada": lambda found: _factor(found, "hada_w1", "hada_t1") * _factor(found, "hada_w2", "hada_t2"),
     "lokr": lambda found: torch.kron(_factor(found, "lokr_w1"), _factor(found, "lokr_w2", "lokr_t2")),

@@ -47,6 +47,14 @@ _KEY = re.compile(
     rf"(?P<module>.*?)\.?(?P<end>{'|'.join(map(re.escape, sorted(SPELLINGS, key=len, reverse=True)))}"
     r"|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)"
 )
+
+
+def end_of(key: str) -> str:
+    """What a key says of its tensor, after the name of the module; empty where no reader knows it."""
+    found = _KEY.fullmatch(key)
+    return "" if found is None else found["end"]
+
+
 OURS = {"lora_down": "lora_A.weight", "lora_up": "lora_B.weight"}
 THEIRS = {"lora_down": "lora_down.weight", "lora_up": "lora_up.weight", "lora_mid": "lora_mid.weight"}
 ADDED = ("lora", "hada", "lokr", "diff")
