@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from tuner.spec import Activations, Held, NetworkSpec
 
+PIECE_TOKENS = 8192
+"""With more tokens than these a block computes what goes token by token in pieces, where it is to keep less."""
 ROTARY_BYTES = 8
 """Cosine and sine in float32."""
 TILE = 256
