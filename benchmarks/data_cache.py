@@ -23,8 +23,8 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.builtin.encoding.writing import Writer
-from tuner.data.store import Store, make_key
 from tuner.testing.clips import render_clip
 
 LEVELS = (1, 3, 9)

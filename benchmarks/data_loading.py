@@ -19,19 +19,19 @@ from rich.console import Console
 from rich.table import Table
 
 from tuner.builtin.datasets.decode import decode_file
+from tuner.builtin.encoding.encodings import Encodings
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.builtin.epochs.plan import Plan
-from tuner.data.cached import CachedData
 from tuner.data.loader import Loader
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Framing, Prepared, Sample, View
-from tuner.data.store import Store, make_key
 
 CAPTION = "a caption"
 TEXT = (120, 4096)
 """Tokens of a caption and their width, as UMT5-XXL gives them."""
 
 
-def fill(root: Path, samples: int, bucket: Bucket) -> CachedData:
+def fill(root: Path, samples: int, bucket: Bucket) -> Encodings:
     """A cache of ``samples`` random encodings of Wan 2.1's size, as training reads it."""
     views = (View(Framing(bucket.width, bucket.height, 0, 0)),)
     size = (bucket.width, bucket.height, bucket.frames, 16.0, bucket)
@@ -45,10 +45,10 @@ def fill(root: Path, samples: int, bucket: Bucket) -> CachedData:
     text = {CAPTION: make_key("text")}
     Store(root / "text").write(text[CAPTION], {"states": torch.randn(TEXT, dtype=torch.bfloat16)}, {})
     prepared = Prepared(made, {}, root / "text", DataReport(()), decode_file)
-    return CachedData(prepared, 0, 0, text, keys)
+    return Encodings(prepared, 0, 0, text, keys)
 
 
-def measure(cached: CachedData, batch_size: int, steps: int) -> tuple[float, float]:
+def measure(cached: Encodings, batch_size: int, steps: int) -> tuple[float, float]:
     """(batches a second through the loader, batches a second of reading the files alone)."""
     plan = Plan(cached.samples, seed=0, batch_size=batch_size)
     loader = Loader(cached, plan, seed=0, pin_memory=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tuner import cli
-from tuner.data.store import Store
+from tuner.builtin.encoding.store import Store
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import environment, importable, toy_distribution
 from tuner.testing.toy import build_toy
@@ -124,7 +124,6 @@ def test_an_error_in_several_processes_is_shown_once_and_ends_them(work: Work) -
     assert code != 0
     assert said.count("error: the disk is full: the cache cannot be written") == 1
     assert not [path for path in work.cache.rglob("*") if path.name.startswith(".tuner-partial")]
-
 
 
 def test_a_full_check_finds_what_a_usual_start_believes(work: Work, call: Any) -> None:

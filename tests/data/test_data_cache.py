@@ -16,12 +16,12 @@ import torch
 
 from tuner.builtin.datasets.decode import decode
 from tuner.builtin.datasets.prepare import Prepared, prepare
+from tuner.builtin.encoding import encodings as encode
+from tuner.builtin.encoding.encodings import Encodings, video_key
 from tuner.builtin.encoding.fill import build_cache
+from tuner.builtin.encoding.fingerprint import fingerprint
+from tuner.builtin.encoding.store import Store
 from tuner.config.keys import CoreConfig
-from tuner.data import cached as encode
-from tuner.data.cached import CachedData, video_key
-from tuner.data.fingerprint import fingerprint
-from tuner.data.store import Store
 from tuner.errors import DataError, ModelError
 from tuner.model import Component, EncodeBatch, Encoded, Model
 from tuner.run import Run
@@ -42,7 +42,7 @@ def prepared(core: CoreConfig, spec: ModelSpec) -> Prepared:
     return prepare(core, spec)
 
 
-def build(core: CoreConfig, model: Any, hooks: Any, prepared: Prepared, extra: tuple[str, ...] = ()) -> CachedData:
+def build(core: CoreConfig, model: Any, hooks: Any, prepared: Prepared, extra: tuple[str, ...] = ()) -> Encodings:
     return build_cache(Run(core, {}), model, hooks, prepared, extra, show_progress=False)
 
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tuner.builtin.encoding.encodings import text_key, video_key
+from tuner.builtin.encoding.fingerprint import fingerprint
 from tuner.config.keys import CoreConfig
-from tuner.data.cached import text_key, video_key
-from tuner.data.fingerprint import fingerprint
 from tuner.data.samples import Bucket, Framing, Sample, View
 from tuner.model import Model
 from tuner.run import Run

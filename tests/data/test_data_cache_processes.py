@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tuner import processes
 from tuner.builtin.datasets.prepare import Prepared, prepare
 from tuner.builtin.encoding.fill import build_cache
+from tuner.builtin.encoding.store import Store
 from tuner.config.keys import CoreConfig
-from tuner.data.store import Store
 from tuner.errors import ConfigError, DataError
 from tuner.run import Run
 
@@ -202,10 +202,10 @@ def test_a_clip_that_fails_in_one_process_is_left_out_in_both(
     assert first == second == str(["clips/wide two.mp4", "clips/wide.mp4"])
 
 
-def test_training_is_refused_and_the_launchers_words_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_for_one_is_refused_and_the_launchers_words_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.launched() == (int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert processes.launched() == (1, 3)
-    with pytest.raises(ConfigError, match=r"3 processes were launched(.|\n)*only `tuner cache`"):
-        processes.refuse_several()
+    with pytest.raises(ConfigError, match=r"3 processes were launched, and `tuner cache --prune` is for one"):
+        processes.refuse_several("`tuner cache --prune`")

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.encoding.encodings import entries_in_use, entry_keys
 from tuner.builtin.encoding.fill import build_cache
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.cli.prune import STALE, find_unused, remove
-from tuner.data.cached import entries_in_use, entry_keys
-from tuner.data.store import Store, make_key
 from tuner.files import TEMPORARY
 from tuner.run import Run
 

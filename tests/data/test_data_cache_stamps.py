@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.encoding import stamps
 from tuner.builtin.encoding.fill import build_cache
-from tuner.data import stamps
-from tuner.data.stamps import Stamp, Stamps
-from tuner.data.store import Store, make_key
+from tuner.builtin.encoding.stamps import Stamp, Stamps
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.errors import DataError
 from tuner.run import Run
 

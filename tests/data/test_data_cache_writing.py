@@ -12,8 +12,8 @@ import torch
 
 from tuner.builtin.datasets.prepare import prepare
 from tuner.builtin.encoding.fill import build_cache
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.builtin.encoding.writing import Writer
-from tuner.data.store import Store, make_key
 from tuner.errors import DataError
 from tuner.run import Run
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tuner.builtin.datasets.prepare import prepare
+from tuner.builtin.encoding.encodings import Encodings
 from tuner.builtin.encoding.fill import build_cache
 from tuner.builtin.epochs.plan import Plan
 from tuner.config.keys import CoreConfig
-from tuner.data.cached import CachedData
 from tuner.data.loader import Loader, collate_text
 from tuner.errors import DataError
 from tuner.run import Run
@@ -21,12 +21,12 @@ from tuner.spec import ModelSpec
 
 
 @pytest.fixture
-def cached(clips: Path, make_core: Callable[..., CoreConfig], spec: ModelSpec, model: Any, hooks: Any) -> CachedData:
+def cached(clips: Path, make_core: Callable[..., CoreConfig], spec: ModelSpec, model: Any, hooks: Any) -> Encodings:
     core = make_core(clips)
     return build_cache(Run(core, {}), model, hooks, prepare(core, spec), show_progress=False)
 
 
-def test_a_batch_holds_what_was_cached_for_its_samples(cached: CachedData) -> None:
+def test_a_batch_holds_what_was_cached_for_its_samples(cached: Encodings) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=2)
     loader = Loader(cached, plan, seed=1)
     for step in range(2 * plan.steps_per_epoch):
@@ -46,7 +46,7 @@ def test_a_batch_holds_what_was_cached_for_its_samples(cached: CachedData) -> No
     loader.close()
 
 
-def test_reading_ahead_changes_nothing(cached: CachedData) -> None:
+def test_reading_ahead_changes_nothing(cached: Encodings) -> None:
     """Slots in any order, as ranks and resumed runs ask for them, give the same batches."""
     plan = Plan(cached.samples, seed=1, batch_size=1, accumulation=2, world=2)
     wanted = [(step, slot) for step in range(4) for slot in range(4)]
@@ -64,7 +64,7 @@ def test_reading_ahead_changes_nothing(cached: CachedData) -> None:
     assert first | second == alone
 
 
-def test_the_next_batch_is_read_before_it_is_asked_for(cached: CachedData, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_batch_is_read_before_it_is_asked_for(cached: Encodings, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=1, world=2)
     loader = Loader(cached, plan, rank=1, world=2, seed=1)
     asked: list[tuple[int, int]] = []
@@ -78,7 +78,7 @@ def test_the_next_batch_is_read_before_it_is_asked_for(cached: CachedData, monke
     assert asked == [(0, 1), (1, 1), (2, 1)], "each once, and one ahead"
 
 
-def test_captions_are_dropped_by_step_and_position(cached: CachedData) -> None:
+def test_captions_are_dropped_by_step_and_position(cached: Encodings) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=2)
     captions = {}
     for dropout in (0.0, 0.3, 1.0):
@@ -94,7 +94,7 @@ def test_captions_are_dropped_by_step_and_position(cached: CachedData) -> None:
 
 
 def test_a_datasets_own_dropout_stands_above_the_runs(
-    cached: CachedData, clips: Path, make_core: Callable[..., CoreConfig], spec: ModelSpec, model: Any, hooks: Any
+    cached: Encodings, clips: Path, make_core: Callable[..., CoreConfig], spec: ModelSpec, model: Any, hooks: Any
 ) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=2)
 
@@ -111,7 +111,7 @@ def test_a_datasets_own_dropout_stands_above_the_runs(
     assert captions(None, 1.0) == {""}
 
 
-def test_without_masks_a_batch_has_none(cached: CachedData) -> None:
+def test_without_masks_a_batch_has_none(cached: Encodings) -> None:
     loader = Loader(cached, Plan(cached.samples, seed=1, batch_size=2), seed=1)
     loaded = loader.load(0, 0)
     loader.close()
@@ -119,14 +119,14 @@ def test_without_masks_a_batch_has_none(cached: CachedData) -> None:
     assert loaded.regularisation == (False, False)
 
 
-def test_a_dropped_caption_is_the_encoding_of_the_empty_one(cached: CachedData) -> None:
+def test_a_dropped_caption_is_the_encoding_of_the_empty_one(cached: Encodings) -> None:
     plan = Plan(cached.samples, seed=1, batch_size=1)
     loader = Loader(cached, plan, seed=1, caption_dropout=1.0)
     assert torch.equal(loader.load(0, 0).text["states"][0], cached.text("")["states"])
     loader.close()
 
 
-def test_an_entry_damaged_since_the_start_is_an_error(cached: CachedData) -> None:
+def test_an_entry_damaged_since_the_start_is_an_error(cached: Encodings) -> None:
     for file in cached.prepared.samples[0].cache.rglob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:-1])
     loader = Loader(cached, Plan(cached.samples, seed=1, batch_size=1), seed=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tuner.data.store import Store, make_key
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.errors import ConfigError, DataError
 
 KEY = make_key("a", 1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from tuner.data.cached import image_key, video_key
+from tuner.builtin.encoding.encodings import image_key, video_key
 from tuner.data.samples import Bucket, Companion, Framing, Sample, View
 from tuner.errors import PluginError
 from tuner.model import EncodeBatch, Model
@@ -150,7 +150,7 @@ def test_the_mask_is_the_pipelines_formula(frames: int, last: bool) -> None:
 
 def test_what_is_given_is_part_of_an_entrys_name() -> None:
     """An entry for text to video has no condition, and another picture makes another one."""
-    from tuner.data.cached import _given
+    from tuner.builtin.encoding.encodings import _given
     from tuner.spec import LatentGeometry, ModelSpec
 
     spec = ModelSpec("wan", "f", "b", (), LatentGeometry(16, 4, 8), 16, 16.0, ())

@@ -18,8 +18,8 @@ from transformers import UMT5EncoderModel
 
 from tuner import pipeline
 from tuner.assembly import assemble
+from tuner.builtin.encoding.fingerprint import fingerprint
 from tuner.config.keys import CoreConfig
-from tuner.data.fingerprint import fingerprint
 from tuner.errors import PluginError
 from tuner.model import EncodeBatch, Model, Sink
 from tuner.run import Run

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from tuner import pipeline
 from tuner.assembly import settle
-from tuner.data.cached import entries_in_use, entry_keys
-from tuner.data.store import PACKED_SUFFIX, SUFFIX, Store
+from tuner.builtin.encoding.encodings import entries_in_use, entry_keys
+from tuner.builtin.encoding.store import PACKED_SUFFIX, SUFFIX, Store
 from tuner.files import TEMPORARY
 from tuner.train.engine import Engine
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tuner import rng
-from tuner.data.cached import EMPTY_CAPTION, CachedData
-from tuner.data.masks import Mask
+from tuner.data.cached import EMPTY_CAPTION, CachedData, Mask
 from tuner.data.order import MicroBatch, Order
 from tuner.data.samples import Dataset, Sample
 

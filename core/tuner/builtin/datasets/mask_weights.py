@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner.builtin.datasets.decode import decode_file
-from tuner.data.masks import SEGMENTATION
+from tuner.data.cached import SEGMENTATION
 from tuner.data.samples import Bucket, Companion, View
 from tuner.errors import DataError
 from tuner.spec import LatentGeometry, ModelSpec

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tuner import processes
 from tuner.builtin.encoding.clips import Clip, read_clip
+from tuner.builtin.encoding.store import Store
 from tuner.builtin.encoding.writing import Writer
 from tuner.data.progress import progress
 from tuner.data.samples import Bucket, Decode, Sample, View
-from tuner.data.store import Store
 from tuner.errors import DataError, ModelError
 from tuner.model import EncodeBatch, Encoded, EncodeKind, Model
 from tuner.run import Run

@@ -13,8 +13,8 @@ import torch
 
 from tuner import processes
 from tuner.builtin.encoding.encoder import EncodeHooks, Encoder, Tally
+from tuner.builtin.encoding.encodings import Encodings, entry_keys
 from tuner.builtin.encoding.masks import encode_masks
-from tuner.data.cached import CachedData, entry_keys
 from tuner.data.report import Dropped
 from tuner.data.samples import Prepared, Sample
 from tuner.errors import DataError
@@ -31,7 +31,7 @@ def build_cache(
     *,
     show_progress: bool = True,
     verify: bool = False,
-) -> CachedData:
+) -> Encodings:
     """Encode every caption and clip that the cache does not hold. Called on every process.
 
     A clip that cannot be decoded or encoded is named, counted in the report and left out. What is encoded is
@@ -61,7 +61,7 @@ def build_cache(
         run.log.info("cache: %s", counts)
     with processes.together():
         left = _without(prepared, failures)
-    return CachedData(left, encoded, rebuilt, keys.text, keys.video, keys.mask, keys.image)
+    return Encodings(left, encoded, rebuilt, keys.text, keys.video, keys.mask, keys.image)
 
 
 def _without(prepared: Prepared, failures: dict[str, str]) -> Prepared:

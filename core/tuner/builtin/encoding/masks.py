@@ -1,4 +1,7 @@
-"""Encoding masks: averaged over each cell of the latents, and stored beside them."""
+"""Masks at the size of latents: how much each place counts in the loss, and which tokens no route may drop.
+
+What a mask's pixels mean is the answer of whoever prepares the data (``Prepared.weigh``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,44 @@ from collections.abc import Mapping, Sequence
 
 from tuner import processes
 from tuner.builtin.encoding.encoder import Encoder
+from tuner.builtin.encoding.store import Store, make_key
 from tuner.builtin.encoding.writing import Writer
-from tuner.data.masks import mask_of
+from tuner.data.cached import MASK, SEGMENTATION, Mask
 from tuner.data.progress import progress
-from tuner.data.samples import Sample, Weigh
+from tuner.data.samples import Companion, Sample, View, Weigh
 from tuner.errors import DataError
+from tuner.spec import ModelSpec
+
+ENCODING = 1
+"""Bumped by hand when what is stored for a mask changes."""
+
+
+def mask_of(sample: Sample) -> Companion | None:
+    """The file that masks the sample, if there is one."""
+    return sample.companion(MASK) or sample.companion(SEGMENTATION)
+
+
+def mask_key(sample: Sample, view: View, mask: Companion, spec: ModelSpec) -> str:
+    """The name of a mask's entry: its content and role, what is taken of it, and the geometry of the model."""
+    latents, patch = spec.latents, spec.networks[0].patch
+    geometry = (latents.stride_time, latents.stride_space, patch)
+    return make_key("mask", ENCODING, mask.content_hash, mask.role, sample.bucket, view, geometry)
+
+
+def mask_keys(samples: Sequence[Sample], spec: ModelSpec) -> dict[tuple[str, int], str]:
+    """The entry of each masked view, by sample id and number of the view."""
+    return {
+        (sample.sample_id, index): mask_key(sample, view, mask, spec)
+        for sample in samples
+        if (mask := mask_of(sample)) is not None
+        for index, view in enumerate(sample.views)
+    }
+
+
+def read_mask(store: Store, key: str) -> Mask:
+    """A mask from the cache. Raises DataError when its entry is missing or damaged."""
+    stored = store.read(key)
+    return Mask(stored["weights"], stored["forced"])
 
 
 def encode_masks(

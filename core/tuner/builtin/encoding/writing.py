@@ -11,8 +11,8 @@ from types import TracebackType
 
 from torch import Tensor
 
-from tuner.data.stamps import Stamp
-from tuner.data.store import Store
+from tuner.builtin.encoding.stamps import Stamp
+from tuner.builtin.encoding.store import Store
 
 STAMP_EVERY = 64
 

@@ -22,8 +22,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tuner.builtin.encoding.stamps import Stamp, Stamps
 from tuner.data import compression
-from tuner.data.stamps import Stamp, Stamps
 from tuner.errors import DataError
 from tuner.files import atomic_write_bytes
 
