@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tuner import rng
+from tuner.builtin import adapter_file
 from tuner.builtin.lora import LoraConfig, LoraPlugin
 from tuner.builtin.lora import files as lora_files
 from tuner.errors import CheckpointError, ConfigError
@@ -70,7 +71,21 @@ def test_diffusers_names_and_config(trained, tmp_path):
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == 4
     assert config["transformer.lora_alpha"] == 6
-    assert sorted(config["transformer.target_modules"]) == sorted(ORIGINAL)
+    modules = {name.rpartition(".lora_")[0] for name in model.network.adapter.state()}
+    assert set(config["transformer.target_modules"]) == modules
+
+
+def test_kohya_names_have_underscores(trained, tmp_path):
+    path, _ = saved(trained, tmp_path, lora_format="kohya")
+    tensors = load_file(path)
+    assert set(tensors) == {
+        f"lora_unet_blocks_{block}_{attention}_{theirs}.{part}"
+        for block in range(2)
+        for attention in ("self_attn", "cross_attn")
+        for theirs in ORIGINAL.values()
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    assert tensors["lora_unet_blocks_0_self_attn_q.alpha"].item() == 6.0
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
@@ -116,9 +131,9 @@ def test_metadata_says_what_it_is_and_nothing_of_the_machine(trained, tmp_path):
         "tuner.format": "comfyui",
         "tuner.shift": "3.0",
         "tuner.rank": "4",
-        "tuner.alpha": "6.0",
+        "tuner.alpha": "6",
         "ss_network_dim": "4",
-        "ss_network_alpha": "6.0",
+        "ss_network_alpha": "6",
     }
     assert expected.items() <= metadata.items()
     assert "lora_adapter_metadata" not in metadata  # diffusers would scale by alpha twice
@@ -202,7 +217,7 @@ def test_a_full_disk_leaves_no_file(trained, tmp_path, monkeypatch):
         path.write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora_files, "save_file", full)
+    monkeypatch.setattr(adapter_file, "save_file", full)
     plugin, run, model = trained()
     with pytest.raises(OSError, match="No space left"):
         plugin.save(run, model, tmp_path)

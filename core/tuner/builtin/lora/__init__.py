@@ -36,10 +36,10 @@ class LoraConfig(PluginConfig):
     lora_target_modules: list[str] | None = key(
         None, "Module name suffixes to adapt, such as `to_q`; the model's own choice when absent.", min_length=1
     )
-    lora_format: Literal["comfyui", "diffusers", "lycoris"] = key(
+    lora_format: Literal["comfyui", "diffusers", "kohya", "lycoris"] = key(
         "comfyui",
-        "Key names in the saved file: the original model's (`comfyui`), diffusers' own, or those of the LyCORIS "
-        "library (`lycoris`, for `lora_type: lycoris` only).",
+        "Key names in the saved file: the original model's (`comfyui`), diffusers' own, musubi-tuner's (`kohya`), or "
+        "those of the LyCORIS library (`lycoris`, for `lora_type: lycoris` only).",
     )
 
 
@@ -68,7 +68,7 @@ class LoraPlugin(Plugin[LoraConfig]):
             raise ConfigError(
                 "lora_format 'lycoris' is for lora_type: lycoris",
                 where=f"lora_type: {run.config.lora_type}",
-                remedy="use comfyui or diffusers",
+                remedy="use comfyui, diffusers or kohya",
             )
         value = self.config.lora_init_type
         if not self.is_active(run.config) or value in INITIALISATIONS:

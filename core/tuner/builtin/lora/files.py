@@ -1,52 +1,31 @@
 """LoRA files that other programs load: names of keys, metadata, and the check before anything is written.
 
-``comfyui`` is ``diffusion_model.`` and the model's original module names, with one ``alpha`` beside each
-pair; ComfyUI and diffusers both read it. ``diffusers`` is ``transformer.`` and diffusers' module names,
-with alpha in the metadata ``lora_adapter_metadata``, as ``save_lora_weights`` writes it.
+The formats are those of :mod:`tuner.builtin.adapter_names`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tuner import __version__
+from tuner.builtin.adapter_file import AdapterFile, low_rank, save
+from tuner.builtin.adapter_names import FORMATS, SPELLINGS, end_of
 from tuner.errors import CheckpointError, nearest
-from tuner.files import atomic_path
 from tuner.model import Adapter
 from tuner.spec import ModelSpec, NetworkSpec
 
 STEM = "pytorch_lora_weights"
 """The name that diffusers looks for in a folder."""
-DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+"""Ends of the adapter's own names."""
+PARTS = ("lora_down", "lora_up", "alpha", "magnitude", "dora_scale")
+"""What a key of a LoRA file may hold."""
 SHOWN = 3
 """How many foreign keys an error names."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one file format names things."""
-
-    prefix: str
-    original_names: bool
-    alpha_tensors: bool
-
-    def name(self, module: str, spec: ModelSpec) -> str:
-        """The name in the file of a module of our network."""
-        return self.prefix + (spec.original_name(module) if self.original_names else module)
-
-
-LAYOUTS: Mapping[str, Layout] = {
-    "comfyui": Layout("diffusion_model.", original_names=True, alpha_tensors=True),
-    "diffusers": Layout("transformer.", original_names=False, alpha_tensors=False),
-}
 
 
 @dataclass(frozen=True)
@@ -75,35 +54,36 @@ def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def export(adapter: Adapter, spec: ModelSpec, layout: str, facts: Mapping[str, Any]) -> LoraFile:
-    """The file of a LoRA adapter in ``layout`` (a key of ``LAYOUTS``).
+    """The file of a LoRA adapter in ``layout`` (a name of ``FORMATS``).
 
     The adapter's tensors are named ``<module>.lora_A.weight`` (r, in) and ``<module>.lora_B.weight`` (out, r).
     ``facts`` are more things to say in the metadata; a value None is left out.
     """
-    form = LAYOUTS[layout]
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in adapter.state().items():
-        module, suffix = _split(name)
-        tensors[form.name(module, spec) + suffix] = tensor.detach().to("cpu", copy=True).contiguous()
-        if form.alpha_tensors and suffix == DOWN:
-            tensors[form.name(module, spec) + ALPHA] = torch.tensor(float(adapter.settings["alpha"]))
-    return LoraFile(tensors, _metadata(adapter, layout, facts))
+    state, alpha = adapter.state(), float(adapter.settings["alpha"])
+    updates = {
+        name.removesuffix(DOWN): low_rank(
+            down.detach().to("cpu", copy=True), state[name.removesuffix(DOWN) + UP].detach().to("cpu", copy=True), alpha
+        )
+        for name, down in state.items()
+        if name.endswith(DOWN)
+    }
+    tensors, metadata = FORMATS[layout].write(AdapterFile(updates, metadata=_metadata(facts)), spec)
+    return LoraFile(tensors, metadata)
 
 
 def _split(key: str) -> tuple[str, str]:
-    """A key as (module, suffix); the suffix is empty where it is none of LoRA's."""
-    for suffix in (DOWN, UP, ALPHA):
-        if key.endswith(suffix):
-            return key.removesuffix(suffix), suffix
-    return key, ""
+    """A key as (module, part of its LoRA); the part is empty where it is none of LoRA's."""
+    end = end_of(key)
+    part = SPELLINGS.get(end, "")
+    return key.removesuffix(end).removesuffix("."), part if part in PARTS else ""
 
 
 def verify(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], spec: ModelSpec, layout: str) -> None:
     """Raise CheckpointError unless every key names a matrix of the model (``shapes``) and fits it."""
-    form = LAYOUTS[layout]
+    form = FORMATS[layout]
     known: dict[str, tuple[int, ...]] = {}
     for module, shape in shapes.items():
-        name = form.name(module, spec)
+        name = form.module_name(module, spec)
         if name in known:
             raise CheckpointError(f"two modules of the model are both called {name!r} in a {layout} LoRA file")
         known[name] = shape
@@ -116,12 +96,16 @@ def verify(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
             nearest=nearest(_split(foreign[0])[0], known),
             remedy="the table of names of the model family does not fit its network: report it to the family's author",
         )
-    for module in {_split(key)[0] for key in tensors}:
-        _verify_pair(module, tensors, known[module])
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, part = _split(key)
+        pairs.setdefault(name, {})[part] = tensor
+    for name, parts in pairs.items():
+        _verify_pair(name, parts, known[name])
 
 
-def _verify_pair(module: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    down, up = tensors.get(module + DOWN), tensors.get(module + UP)
+def _verify_pair(module: str, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    down, up = parts.get("lora_down"), parts.get("lora_up")
     if down is None or up is None:
         raise CheckpointError(f"the LoRA file has only one of the two matrices of {module!r}")
     if down.shape[1:] != shape[1:] or up.shape[0] != shape[0] or up.shape[1] != down.shape[0]:
@@ -132,22 +116,7 @@ def _verify_pair(module: str, tensors: Mapping[str, Tensor], shape: tuple[int, .
 
 def write(file: LoraFile, path: Path) -> None:
     """Write ``file`` to ``path`` at once or not at all."""
-    with atomic_path(path) as temporary:
-        save_file(dict(file.tensors), temporary, metadata=dict(file.metadata))
-        _sort_metadata(temporary)
-
-
-def _sort_metadata(path: Path) -> None:
-    """Put the metadata in order: safetensors writes it in a random one, and equal files should be equal bytes."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        # Tensor offsets count from the header's end, so its size must stay; the format allows trailing spaces.
-        if len(ordered) <= size:
-            file.seek(8)
-            file.write(ordered.ljust(size))
+    save(file.tensors, file.metadata, path)
 
 
 def model_facts(spec: ModelSpec, network: NetworkSpec) -> dict[str, Any]:
@@ -164,25 +133,16 @@ def model_facts(spec: ModelSpec, network: NetworkSpec) -> dict[str, Any]:
     }
 
 
-def _metadata(adapter: Adapter, layout: str, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Metadata of the file, as text. No date: the same training gives the same bytes."""
-    rank, alpha = adapter.settings["rank"], adapter.settings["alpha"]
+def _metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What the file's metadata says beside rank, alpha and format. No date: the same training gives the same bytes."""
     known = {name: value for name, value in facts.items() if value is not None}
     entries = {f"tuner.{name}": value for name, value in known.items() if name != "title"}
-    entries |= {"tuner.version": __version__, "tuner.format": layout, "tuner.rank": rank, "tuner.alpha": alpha}
     entries |= {
-        "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{known.get('flavour', 'unknown')}/lora",
-        "modelspec.implementation": "diffusers" if layout == "diffusers" else "original",
         "modelspec.title": known.get("title", "lora"),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
         "ss_base_model_version": f"{known.get('family', '')} {known.get('flavour', '')}".strip(),
         "ss_steps": known.get("steps", 0),
     }
-    if layout == "diffusers":
-        config = {f"transformer.{name}": value for name, value in adapter.settings["peft"].items()}
-        entries["lora_adapter_metadata"] = json.dumps(config, indent=2, sort_keys=True, default=sorted)
     return {name: str(value) for name, value in entries.items()}
