@@ -158,6 +158,8 @@ class TrackersPlugin(Plugin[TrackersConfig]):
             config=_flat(run),
         )
         service = SERVICES.get(name, Service)(name, opening)
+        if not service.gives_id:
+            self._run_ids[name] = opening.run_id  # now: the first checkpoint may come before the tracker is open
         return TrackerReporter(run, name, service, lambda run_id: self._run_ids.update({name: run_id}))
 
     def _run_name(self, run: Run) -> str:

@@ -23,14 +23,17 @@ Call = Callable[[], None]
 class Outbox:
     """Messages to one service. What is wrong with it is said once, and how many were lost at the end."""
 
-    def __init__(self, name: str, log: logging.Logger, opening: Call, *, limit: int = LIMIT) -> None:
-        """Begin, with ``opening`` as the first call: where that fails, nothing else is tried.
+    def __init__(self, name: str, log: logging.Logger, opening: Call, closing: Call, *, limit: int = LIMIT) -> None:
+        """Begin.
 
         Arguments
             name: what messages call the service, such as ``report_to wandb``.
+            opening: the first call; where it fails, nothing else is tried.
+            closing: the last one.
+            limit: messages that wait at most.
         """
         self.name, self.lost = name, 0
-        self._log, self._opening = log, opening
+        self._log, self._opening, self._closing = log, opening, closing
         self._waiting: queue.Queue[Call | None] = queue.Queue(limit)
         self._said = self._shut = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -67,13 +70,18 @@ class Outbox:
             self._shut = True
             self._lose(f"could not be opened: {_said(error)}", messages=0)
         while (call := self._waiting.get()) is not None:
-            if self._shut:
-                self.lost += 1
-                continue
-            try:
-                call()
-            except BaseException as error:
-                self._lose(f"failed: {_said(error)}")
+            self._call(call)
+        if not self._shut:
+            self._call(self._closing)
+
+    def _call(self, call: Call) -> None:
+        if self._shut:
+            self.lost += 1
+            return
+        try:
+            call()
+        except BaseException as error:
+            self._lose(f"failed: {_said(error)}")
 
     def _lose(self, why: str, messages: int = 1) -> None:
         self.lost += messages

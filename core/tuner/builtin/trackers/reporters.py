@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tuner.validate.results import Validation
 
 
+def nothing() -> None:
+    """What a webhook is opened and closed with."""
+
+
 class Reporter(Protocol):
     """What is told. None of these waits for the service."""
 
@@ -45,7 +49,7 @@ class TrackerReporter:
     def __init__(self, run: Run, name: str, service: Service, opened: Callable[[str], None]) -> None:
         """Open the tracker; ``opened`` is called with the id of its run."""
         self._service = service
-        self.outbox = Outbox(f"report_to {name}", run.log, lambda: opened(service.open()))
+        self.outbox = Outbox(f"report_to {name}", run.log, lambda: opened(service.open()), service.close)
 
     def line(self, line: Mapping[str, Any]) -> None:
         """Its numbers."""
@@ -64,8 +68,7 @@ class TrackerReporter:
         """Nothing."""
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        """Close it."""
-        self.outbox.put(self._service.close)
+        """It is closed when all is sent."""
 
 
 class WebhookReporter:
@@ -76,7 +79,7 @@ class WebhookReporter:
         self._webhook = webhook
         text = f"started, {run.total_steps} steps, in {run.output_dir}"
         facts = self._facts(run)
-        self.outbox = Outbox("webhook_config", run.log, lambda: None)
+        self.outbox = Outbox("webhook_config", run.log, nothing, nothing)
         self.outbox.put(lambda: webhook.post("info", "start", text, facts))
 
     def line(self, line: Mapping[str, Any]) -> None:

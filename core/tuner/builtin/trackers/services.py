@@ -38,6 +38,8 @@ class Service:
     accelerate_name = ""
     config_is_fixed = False
     """Whether the tracker refuses a second config, when a run goes on."""
+    gives_id = False
+    """Whether the tracker gives its runs their ids; to the others we say which."""
 
     def __init__(self, name: str, opening: Opening) -> None:
         self.accelerate_name = self.accelerate_name or name
@@ -161,6 +163,7 @@ class MLflow(Service):
 
     accelerate_name = "mlflow"
     config_is_fixed = True
+    gives_id = True
 
     def options(self) -> dict[str, Any]:
         """Only a run that is there already has an id."""
@@ -199,6 +202,7 @@ class Comet(Service):
             auto_param_logging=False,
             auto_metric_logging=False,
             auto_output_logging=False,
+            display_summary_level=0,
         )
         online = {} if os.environ.get("COMET_START_ONLINE") else {"online": self.opening.online}
         mode = {"mode": "get_or_create"} if self.opening.online else {}
