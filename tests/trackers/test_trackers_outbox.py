@@ -18,6 +18,7 @@ def nothing() -> None:
 
 
 def finished(outbox: Outbox, seconds: float = 20.0) -> None:
+    outbox.end()
     outbox.finish(time.monotonic() + seconds)
 
 
@@ -41,7 +42,7 @@ def test_one_that_hangs_is_said_once_and_left_at_the_end(caplog: pytest.LogCaptu
     assert len([line for line in told if "fell behind: 3 messages wait" in line]) == 1
     assert told[-2:] == [
         "report_to slow does not answer: the run ends without it",
-        "report_to slow: 10 messages were lost; train.jsonl is whole",
+        "report_to slow: messages lost: 10; train.jsonl is whole",
     ]
     release.set()
     assert seen == []
@@ -62,7 +63,7 @@ def test_one_that_raises_loses_that_message_alone_and_says_it_once(caplog: pytes
     assert seen == [0, 2, 4]
     assert [record.message for record in caplog.records] == [
         "report_to flaky failed: no route 1; the run goes on, train.jsonl is whole",
-        "report_to flaky: 3 messages were lost; train.jsonl is whole",
+        "report_to flaky: messages lost: 3; train.jsonl is whole",
     ]
 
 
@@ -78,4 +79,4 @@ def test_one_that_cannot_be_opened_is_not_tried_again(caplog: pytest.LogCaptureF
     finished(outbox)
     assert seen == []
     assert "report_to far could not be opened: no network" in caplog.text
-    assert "4 messages were lost" in caplog.text
+    assert "messages lost: 4" in caplog.text

@@ -34,7 +34,8 @@ class Outbox:
         """
         self.name, self.lost = name, 0
         self._log, self._opening, self._closing = log, opening, closing
-        self._waiting: queue.Queue[Call | None] = queue.Queue(limit)
+        self._limit = limit
+        self._waiting: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
         self._said = self._shut = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
@@ -43,25 +44,24 @@ class Outbox:
         """Have it called soon; it is lost where the service is too slow or could not be opened."""
         if self._shut:
             self.lost += 1
-            return
-        try:
-            self._waiting.put_nowait(call)
-        except queue.Full:
-            self._lose(f"fell behind: {self._waiting.maxsize} messages wait, and new ones are dropped")
+        elif self._waiting.qsize() < self._limit:
+            self._waiting.put(call)
+        else:
+            self._lose(f"fell behind: {self._limit} messages wait, and new ones are dropped")
+
+    def end(self) -> None:
+        """Nothing more will come: it closes when all is sent."""
+        self._waiting.put(None)
 
     def finish(self, until: float) -> None:
-        """Wait for what is on its way, at the longest until the clock ``time.monotonic`` shows ``until``."""
-        try:
-            self._waiting.put(None, timeout=max(0.0, until - time.monotonic()))
-            self._thread.join(max(0.0, until - time.monotonic()))
-        except queue.Full:
-            pass
-        unsent = self._waiting.qsize() if self._thread.is_alive() else 0
+        """Wait until it has closed, at the longest until the clock ``time.monotonic`` shows ``until``."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        lost = self.lost
         if self._thread.is_alive():
-            self._shut = True
+            lost += max(0, self._waiting.qsize() - 1)  # the end itself is no message
             self._log.warning("%s does not answer: the run ends without it", self.name)
-        if self.lost + unsent:
-            self._log.warning("%s: %d messages were lost; train.jsonl is whole", self.name, self.lost + unsent)
+        if lost:
+            self._log.warning("%s: messages lost: %d; train.jsonl is whole", self.name, lost)
 
     def _work(self) -> None:
         try:

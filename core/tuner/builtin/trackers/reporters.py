@@ -122,6 +122,8 @@ class WebhookReporter:
 
 def finish(reporters: Sequence[Reporter], *, at_once: bool) -> None:
     """Wait for all of them together, as long as :data:`PATIENCE`, or not at all."""
+    for reporter in reporters:
+        reporter.outbox.end()
     until = time.monotonic() + (0.0 if at_once else PATIENCE)
     for reporter in reporters:
         reporter.outbox.finish(until)
