@@ -107,8 +107,11 @@ def settle(assembly: Assembly) -> Assembly:
         return assembly
     with processes.together():
         settled: Assembly = assembly.again(proposed=proposed)
+    more = sorted(settled.plugins.keys() - assembly.plugins.keys())
+    if run.is_main and more:
+        run.log.info("plugins loaded for it: %s", ", ".join(more))
     for line in settled.warnings:
-        if line not in assembly.warnings and run.is_main:
+        if run.is_main and line not in assembly.warnings:
             run.log.warning("%s", line)
     return settled
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -37,7 +38,7 @@ class Manager(pluggy.PluginManager):
 
     def add(self, name: str, plugin: AnyPlugin) -> None:
         """Register one plugin. Raises PluginError when a hook of it would be called wrongly or never."""
-        check_hooks(name, type(plugin))
+        check_hooks(name, type(plugin))  # type: ignore[arg-type]  # to mypy no class is hashable
         try:
             self.register(plugin, name)
         except (pluggy.PluginValidationError, ValueError) as error:
@@ -133,6 +134,7 @@ def hooks_of(cls: type[AnyPlugin]) -> list[str]:
     return [options.get("specname") or name for name, options in marked if options]
 
 
+@cache
 def check_hooks(name: str, cls: type[AnyPlugin]) -> None:
     """Refuse a plugin class with a hook that would be called wrongly or never. Raises PluginError."""
     where = f"{cls.__module__}:{cls.__qualname__}"

@@ -137,13 +137,50 @@ def test_memory_is_shown_for_the_shape_that_takes_most(call: Call) -> None:
     code, out, err = call(LARGE, *words)
     assert code == 0, err
     (table,) = re.findall(r"^GiB at most, training on clips of 832x480, 81 frames +device +host *$", out, re.MULTILINE)
-    below = out.partition(table)[2]
+    below = out.partition(table)[2].partition("GiB at most")[0]
     (weights,) = re.findall(r"^base weights +([\d.]+) +([\d.]+) *$", below, re.MULTILINE)
     device, host = map(float, weights)
     assert device < 3 < 25 < host
     (total,) = re.findall(r"^in all +([\d.]+)", below, re.MULTILINE)
     shown = re.findall(r"^[a-zA-Z ]+?  +([\d.]+)", below.partition("in all")[0], re.MULTILINE)
     assert float(total) == pytest.approx(sum(map(float, shown)), abs=0.05)
+
+
+def test_every_phase_is_shown_by_component_and_the_worst_is_named(call: Call) -> None:
+    rendering = {**LARGE, "validation_prompt": "a fox", "enable_group_offload": True, "vae_enable_tiling": True}
+    words = ("--shape", "832x480x81", "--card", "L4")
+    code, out, err = call(rendering, *words)
+    assert code == 0, err
+    for phase in ("caching (text encoder)", "caching (vae)", "validation (rendering)", "validation (vae)"):
+        assert re.search(rf"^GiB at most, {re.escape(phase)} +device +host *$", out, re.MULTILINE)
+    assert re.search(r"^weights of text encoder +10\.58", out, re.MULTILINE)
+    assert re.search(r"L4 has 22 GiB\. For what would fit: tuner plan --fit 22G", " ".join(out.split()))
+    found = json.loads(call(rendering, *words, "--json")[1])
+    by_phase = {(each["name"], each["what"]): each for each in found["phases"]}
+    training = found["networks"]["transformer"]["shapes"][0]["memory"]["device"]
+    assert by_phase["training", ""]["device"] == training
+    assert found["peak"]["device"] == {"phase": "training", "bytes": sum(training.values())}
+    assert by_phase["validation", "vae"]["device"]["vae at work"] < 1.8e9, "tile by tile, 81 frames of 832x480"
+    whole = json.loads(call({**rendering, "vae_enable_tiling": False}, *words, "--json")[1])["phases"]
+    assert whole[-1]["device"]["vae at work"] > 7e9
+    assert len(json.loads(call(LARGE, *words, "--json")[1])["phases"]) == 3, "without a prompt nothing is rendered"
+
+
+def test_validation_is_planned_at_its_own_size(call: Call) -> None:
+    asked = {"validation_prompt": "a fox", "validation_resolution": "1280x720", "validation_num_video_frames": 33}
+    decoding = [
+        json.loads(call({**LARGE, **keys}, "--shape", "832x480x81", "--json")[1])["phases"][-1]["device"]["vae at work"]
+        for keys in (asked, {"validation_prompt": "a fox"})
+    ]
+    pixels = (1280 * 720, 832 * 480)
+    assert decoding == pytest.approx([pixels[0] * (19500 + 12.5 * 33), pixels[1] * (19500 + 12.5 * 81)])
+
+
+def test_a_quantised_text_encoder_is_planned(call: Call) -> None:
+    words = ("--shape", "832x480", "--json", "--text_encoder_1_precision", "fp8-scaled")
+    (caching, *_) = json.loads(call(LARGE, *words)[1])["phases"]
+    assert caching["what"] == "text encoder"
+    assert caching["device"]["weights of text encoder"] == 5_680_910_336 + 256384 * 4096
 
 
 def test_both_experts_are_planned(call: Call) -> None:

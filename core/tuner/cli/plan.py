@@ -51,11 +51,26 @@ def plan(
     from tuner.cli.report import print_assembly
 
     with redirect_stdout(sys.stderr) if json else nullcontext():
-        assembly = options.assembly(context, config, plugins, without, strict)
+        assembly = _settled(options.assembly(context, config, plugins, without, strict), shape)
         print_assembly(assembly)
         found = _planned(assembly, shape, card)
         proposed = None if fit is None else _fitted(assembly, found, fit)
     _print(found, json, proposed)
+
+
+def _settled(assembly: Assembly, shape: str | None) -> Assembly:
+    """With what ``memory_preset`` chooses, for the shapes that are named, or for the data."""
+    from tuner.assembly import new_run, settle
+    from tuner.builtin.planner import PlannerPlugin
+
+    planner = assembly.plugins.get("planner")
+    if shape is not None and isinstance(planner, PlannerPlugin):
+        from tuner import pipeline
+        from tuner.builtin.planner.shapes import named
+
+        run = new_run(assembly)
+        planner.shapes = named(run, pipeline.describe(run, assembly.manager), options.names(shape) or [])
+    return settle(assembly)
 
 
 def _planned(assembly: Assembly, shape: str | None, card_name: str | None) -> Plan:
@@ -77,11 +92,13 @@ def _card(assembly: Assembly, name: str | None) -> Card | None:
 
 def _fitted(assembly: Assembly, found: Plan, size: str) -> tuple[Fitting, float]:
     from tuner.assembly import new_run
+    from tuner.builtin.planner.candidates import Candidates
     from tuner.builtin.planner.fit import fit, size_of
 
-    limit = size_of(size)
+    limit, run = size_of(size), new_run(assembly)
     shapes = [cost.shape for cost in next(iter(found.costs.values()))]
-    return fit(new_run(assembly), shapes, limit, found.card), limit
+    run.trained_shape = found.trained_shape
+    return fit(Candidates.of(run, shapes, found.card), limit), limit
 
 
 def _print(found: Plan, as_json: bool, fitted: tuple[Fitting, float] | None) -> None:

@@ -75,6 +75,8 @@ class OffloadPlugin(Plugin[OffloadConfig]):
     requires: ClassVar[frozenset[str]] = frozenset({"model-family"})
     levers: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"enable_group_offload": True, "group_offload_use_stream": True},
+        {"text_encoder_offload": True},
+        {"enable_model_cpu_offload": True},
     )
     Config = OffloadConfig
 

@@ -9,7 +9,11 @@ from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
 
 if TYPE_CHECKING:
+    import torch
+
+    from tuner.builtin.planner.beside import Beside
     from tuner.builtin.planner.cards import Card
+    from tuner.builtin.planner.costs import Shape
     from tuner.builtin.planner.measure import Window
     from tuner.data.order import Order
     from tuner.data.samples import Prepared
@@ -30,6 +34,12 @@ class PlannerConfig(PluginConfig):
         "Card that expected times are for, such as `H100` or `RTX 4090`. When absent, the one that a run trains on; "
         "without times where its rates are not known.",
     )
+    memory_preset: str = key(
+        "none",
+        "Choose settings that save memory by themselves, as `tuner plan --fit` ranks them: `auto` for the memory that "
+        "is free on the CUDA device, or for a size such as `12G`. Keys that are set are left as they are.",
+        effect="memory",
+    )
 
 
 class PlannerPlugin(Plugin[PlannerConfig]):
@@ -43,6 +53,9 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         self._window: Window | None = None
         self._card: Card | None = None
         self._network: NetworkSpec | None = None
+        self._beside: Beside | None = None
+        self.shapes: Sequence[Shape] | None = None
+        """What to choose settings for, where it is not the data."""
 
     def card(self) -> Card | None:
         """The card named in the config. Raises ConfigError for one that is not known."""
@@ -52,8 +65,29 @@ class PlannerPlugin(Plugin[PlannerConfig]):
 
     @hookimpl
     def configure(self, run: Run) -> None:
-        """Refuse a card of which nothing is known."""
+        """Refuse a card of which nothing is known, and a preset that is none."""
+        from tuner.builtin.planner import preset
+
         self.card()
+        preset.check(self.config.memory_preset)
+
+    @hookimpl
+    def propose_settings(self, run: Run) -> Mapping[str, Any]:
+        """What ``memory_preset`` chooses: for this device, or what it chose when the run that goes on began."""
+        from tuner.builtin.planner import preset
+
+        word = self.config.memory_preset
+        if word == preset.NONE:
+            return {}
+        if earlier := preset.kept(run):
+            folder, settings = earlier
+            run.log.info("memory_preset: as in %s: %s", folder, preset.written(settings))
+            return settings
+        size = preset.limit(word)
+        shapes, run.trained_shape = preset.shapes_of(run, self.shapes)
+        candidates, found = preset.choose(run, shapes, self.card() or _card_of(preset.device()), size)
+        preset.show(candidates, found.choices[0], size)
+        return found.choices[0].changes
 
     @hookimpl
     def data_ready(self, run: Run, spec: ModelSpec, data: Prepared, plan: Order) -> None:
@@ -63,14 +97,17 @@ class PlannerPlugin(Plugin[PlannerConfig]):
     @hookimpl
     def on_train_start(self, run: Run, model: Model) -> None:
         """Say what a step computes, and how long it should take."""
-        if self._plan is None or not run.is_main:
+        if self._plan is None:
+            return
+        self._beside = self._predicted(run, self._plan, model.network.spec)
+        if not run.is_main:
             return
         from tuner.builtin.planner.costs import cost_of, shapes_of
         from tuner.builtin.planner.measure import Window
         from tuner.builtin.planner.page import summary
 
         assert run.estimate is not None  # the model is described
-        card = self.card() or _card_of(run)
+        card = self.card() or _card_of(run.device)
         costs = [
             cost_of(run.estimate, model.network.spec, shape, card) for shape in shapes_of(self._plan, run.total_steps)
         ]
@@ -86,12 +123,16 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         from tuner.builtin.planner.costs import shapes_of
         from tuner.builtin.planner.fit import advice
 
-        return advice(run, shapes_of(self._plan, run.total_steps), self.card() or _card_of(run))
+        return advice(run, shapes_of(self._plan, run.total_steps), self.card() or _card_of(run.device))
 
     @hookimpl
     def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
         """Once, when enough steps are done, say what they took."""
-        self._network = model.network.spec
+        self._network = None if self._card is None else model.network.spec
+        if self._beside is not None:
+            for line in self._beside.lines() if run.is_main else ():
+                run.log.info("%s", line)
+            self._beside = None
         if self._window is None:
             return
         dropped = metrics.get(DROPPED)
@@ -115,6 +156,15 @@ class PlannerPlugin(Plugin[PlannerConfig]):
             )
         }
 
+    def _predicted(self, run: Run, plan: Order, network: NetworkSpec) -> Beside:
+        """The memory of the step to come, of this process."""
+        from tuner.builtin.planner.beside import Beside
+
+        assert run.estimate is not None
+        batches = plan.micro_batches(run.step)[run.process_index :: run.process_count]
+        workloads = [run.estimate(network, batch.bucket, len(batch.samples)) for batch in batches]
+        return Beside(run.device, workloads, first=run.step == 0)
+
     def _workloads(self, run: Run, network: NetworkSpec, dropped: float | None) -> Sequence[Workload]:
         """Of the micro-batches that this process did in the last step."""
         from dataclasses import replace
@@ -128,13 +178,13 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         return [as_routed(replace(each, micro_batches=1), dropped) for each in estimated]
 
 
-def _card_of(run: Run) -> Card | None:
+def _card_of(device: torch.device) -> Card | None:
     """The card that is trained on, where its rates are known."""
     import torch
 
     from tuner.builtin.planner.cards import of_device
 
-    if run.device.type != "cuda":
+    if device.type != "cuda":
         return None
-    device = torch.cuda.get_device_properties(run.device)
-    return of_device(device.name, device.total_memory / 2**30)
+    facts = torch.cuda.get_device_properties(device)
+    return of_device(facts.name, facts.total_memory / 2**30)

@@ -60,6 +60,12 @@ def shapes_of(plan: Order, total: int) -> list[Shape]:
     return [Shape(bucket, samples, count / counted.total()) for (bucket, samples), count in sorted(counted.items())]
 
 
+def most_frequent(shapes: Sequence[Shape]) -> tuple[int, int, int]:
+    """(frames, height, width) of the shape that comes most often; of several the largest."""
+    bucket = max(shapes, key=lambda shape: (shape.share, shape.bucket)).bucket
+    return bucket.frames, bucket.height, bucket.width
+
+
 def cost_of(estimate: Estimate, network: NetworkSpec, shape: Shape, card: Card | None) -> Cost:
     """The cost of a step of ``network`` on ``shape``."""
     workload = estimate(network, shape.bucket, shape.samples)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from tuner.builtin.planner.fit import Choice, Fit
+    from tuner.builtin.planner.candidates import Choice
+    from tuner.builtin.planner.fit import Fit
 
 GIB = 2**30
 SHOWN = 8
@@ -22,8 +23,8 @@ def tables(fit: Fit, limit: float) -> Iterator[Table | str]:
     if not fit.fits:
         title = f"nothing fits {limit / GIB:.1f} GiB; what comes nearest"
     table = Table(title=title, title_justify="left")
-    for column in ("settings", "device GiB", "host GiB", "time"):
-        table.add_column(column, justify="left" if column == "settings" else "right")
+    for column in ("settings", "device GiB", "most in", "host GiB", "time"):
+        table.add_column(column, justify="left" if column in ("settings", "most in") else "right")
     table.add_row("as it is", *_figures(fit.present, fit.present))
     for choice in [each for each in fit.choices if each.changes][:SHOWN]:
         table.add_row(
@@ -56,13 +57,19 @@ def _object(choice: Choice, present: Choice) -> dict[str, Any]:
     return {
         "changes": dict(choice.changes),
         "device": choice.device,
+        "phases": {str(each): each.memory.on_device for each in choice.phases},
         "host": choice.host,
         "time": choice.work / present.work,
     }
 
 
-def _figures(choice: Choice, present: Choice) -> tuple[str, str, str]:
-    return f"{choice.device / GIB:.1f}", f"{choice.host / GIB:.1f}", f"x {choice.work / present.work:.2f}"
+def _figures(choice: Choice, present: Choice) -> tuple[str, ...]:
+    return (
+        f"{choice.device / GIB:.1f}",
+        str(choice.worst),
+        f"{choice.host / GIB:.1f}",
+        f"x {choice.work / present.work:.2f}",
+    )
 
 
 def _written(value: Any) -> str:

@@ -46,11 +46,20 @@ class Memory:
         return sum(self.host.values())
 
 
-def predict(workload: Workload) -> Memory:
-    """What a training step of ``workload`` holds on the device, and on the host, when it holds most on the device."""
+def predict(workload: Workload, *, first: bool = False) -> Memory:
+    """What a training step of ``workload`` holds on the device, and on the host, when it holds most on the device.
+
+    Arguments
+        first: whether it is the first of a run: the optimizer makes its state when the backward is over.
+    """
     blocks = blocks_of(workload)
     device, host = weights(workload)
     worst = max(_moments(workload, blocks), key=lambda moment: sum(moment.values()))
+    if first:
+        over = _moment(0.0, 0.0, sum(block.gradient for block in blocks))
+        state = device.pop("optimizer state")
+        if sum(over.values()) + state > sum(worst.values()):
+            device["optimizer state"], worst = state, over
     device |= worst | {"around the blocks": around(workload), "CUDA context": CONTEXT}
     host["block inputs"] = sum(block.input for block in blocks if block.offloaded)
     return Memory(without_zeros(device), without_zeros(host))
@@ -109,14 +118,14 @@ def _moments(workload: Workload, blocks: list[Block]) -> Iterator[dict[str, floa
     for block in blocks:
         own = max(gradients, added_up)
         gradients = max(gradients - block.gradient, added_up)
+        flight = block.input * block.checkpointed * (IN_FLIGHT if block.offloaded else 1)
         if block.checkpointed:
-            flight = IN_FLIGHT * block.input if block.offloaded else block.input
             for extra in block.recompute:
                 yield _moment(before + flight, block.kept + extra, gradients)
         else:
             yield _moment(before, block.kept + block.forward, added_up)
         for extra in block.backward:
-            yield _moment(before + block.input * block.checkpointed, block.kept + extra, own)
+            yield _moment(before + flight, block.kept + extra, own)
         before += block.held
     head = workload.samples * workload.tokens * bytes_of(HEAD, workload.network, workload.activation_bytes)
     yield _moment(before, head + sum(block.copies for block in blocks), added_up)

@@ -80,6 +80,8 @@ def _block(workload: Workload, held: Activations, index: int, tokens: int) -> Bl
     def size(each: Held) -> float:
         return seen * bytes_of(each, network, width)
 
+    if workload.checkpointing == "offload" and held.lean is not None and tokens > held.lean[0]:
+        held = held.lean[1]
     chunk = _chunk(workload, tokens)
     if chunk is not None:
         held = _chunked(held, chunk, trained=workload.trained == "network")
@@ -114,9 +116,10 @@ def _kept_beside(workload: Workload, held: Activations, index: int, tokens: int)
     on_tokens = workload.adapter_parameters - on_text
     between = on_tokens / network.blocks / (2 * network.dim)
     text_width = workload.adapted_width * on_text / on_tokens if on_tokens else 0.0
-    token = 2 * FLOAT32 * network.heads + width * (workload.adapted_width + between)
+    adapted = workload.adapted_width - network.dim * len(held.inputs & workload.adapted_inputs)
+    token = 2 * FLOAT32 * network.heads + width * (adapted + between)
     token += held.companions * (tokens < workload.tokens)
-    if index == 0 and workload.trained == "adapter":
+    if index == 0 and workload.trained == "adapter" and held.kept.float32:
         token -= FLOAT32 * network.dim
     read = network.text_tokens + network.image_tokens
     context = read * bytes_of(held.context, network, width) + network.text_tokens * width * text_width

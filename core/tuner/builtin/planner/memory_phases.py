@@ -3,50 +3,78 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from tuner.builtin.planner.memory import CONTEXT, Memory, around, predict, weights, without_zeros
 from tuner.builtin.planner.memory_blocks import FLOAT32, activations_of, block_bytes, bytes_of, plain_bytes
 from tuner.spec import ModelSpec
 from tuner.workload import Workload
 
+if TYPE_CHECKING:
+    from tuner.run import Run
+
 RING = 2
 """Blocks of a component on the device at a time, where it streams."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that holds something else than the others."""
+
+    name: str
+    """``caching``, ``training`` or ``validation``"""
+    what: str
+    """what is at work, such as ``text encoder``; empty where that is always the same"""
+    memory: Memory
+    """at its worst moment"""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.what})" if self.what else self.name
 
 
 def phases(
     spec: ModelSpec,
     workload: Workload,
     *,
-    rendered: tuple[int, int, int] | None = None,
     precisions: Mapping[str, str] | None = None,
     tiled: bool = False,
-) -> dict[str, Memory]:
-    """Memory of ``caching``, ``training`` and ``validation``, each at its worst moment.
+) -> Iterator[Phase]:
+    """Memory of caching with each encoder, of training, and of validation, where it renders, with each decoder.
 
     Arguments
-        workload: a training step on the largest clips.
-        rendered: (frames, height, width) of what validation renders; None is no rendering.
+        workload: a training step; the clips of it are encoded.
         precisions: component -> what quantises it, such as ``int8-quanto``; its bits are the number in its name.
         tiled: whether the VAE works tile by tile.
     """
     precisions = precisions or {}
-    found = {
-        "caching": _worst(
-            [encoding(spec, name, workload, precisions.get(name), tiled=tiled) for name in _encoders(spec)]
-        ),
-        "training": _beside(spec, workload, predict(workload)),
-    }
-    if rendered is not None:
-        alone = replace(workload, shape=rendered, samples=1, dropped=())
-        last = [decoding(spec, name, alone, tiled=tiled) for name in spec.components if _decodes(spec, name)]
-        found["validation"] = _beside(spec, workload, _worst([rendering(alone), *last]))
-    return found
+    for name in _encoders(spec):
+        yield Phase("caching", _words(name), encoding(spec, name, workload, precisions.get(name), tiled=tiled))
+    yield Phase("training", "", _beside(spec, workload, predict(workload)))
+    if workload.rendered is None:
+        return
+    alone = replace(workload, shape=workload.rendered, samples=1, dropped=())
+    yield Phase("validation", "rendering", _beside(spec, workload, rendering(alone)))
+    for name in sorted(filter(lambda each: _decodes(spec, each), spec.components)):
+        yield Phase("validation", _words(name), _beside(spec, workload, decoding(spec, name, alone, tiled=tiled)))
 
 
-def _worst(several: list[Memory]) -> Memory:
-    return max(several, key=lambda each: each.on_device, default=Memory())
+def of_run(run: Run, spec: ModelSpec, workloads: Iterable[Workload]) -> list[Phase]:
+    """The phases of ``run``, as its keys have them, each with those of ``workloads`` that take most in it.
+
+    ``vae_enable_slicing`` changes nothing: clips are encoded and decoded one at a time in any case.
+    """
+    config = run.config
+    chosen = config.text_encoder_1_precision
+    precisions = dict.fromkeys(spec.encoders.get("text", ()), "" if chosen == "no_change" else chosen)
+    found: dict[str, Phase] = {}
+    for workload in workloads:
+        for phase in phases(spec, workload, precisions=precisions, tiled=config.vae_enable_tiling):
+            known = found.setdefault(str(phase), phase)
+            if phase.memory.on_device > known.memory.on_device:
+                found[str(phase)] = phase
+    return list(found.values())
 
 
 def _encoders(spec: ModelSpec) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.builtin.planner.cards import Card
 from tuner.builtin.planner.costs import Cost, mean
+from tuner.builtin.planner.memory import Memory
+from tuner.builtin.planner.memory_phases import Phase
 from tuner.builtin.planner.wording import figures, seconds, tera
 from tuner.spec import ModelSpec, NetworkSpec
 
@@ -26,6 +28,10 @@ class Plan:
     card: Card | None
     costs: dict[str, list[Cost]]
     """name of a network -> its steps, by shape"""
+    phases: Sequence[Phase]
+    """what the run holds, each at its worst"""
+    trained_shape: tuple[int, int, int] | None
+    """(frames, height, width) of most clips"""
     steps: int | None = None
     """optimizer steps of the run, where the data are known"""
 
@@ -59,7 +65,10 @@ def tables(plan: Plan) -> Iterator[Table | str]:
         yield _speed(plan, plan.spec.network(name), costs)
         if len(costs) > 1:
             yield _average(costs)
-        yield _memory(max(costs, key=lambda cost: cost.memory.on_device))
+        worst = max(costs, key=lambda cost: cost.memory.on_device)
+        yield _memory(f"training on clips of {worst.shape.bucket}", worst.memory)
+    yield from (_memory(str(phase), phase.memory) for phase in plan.phases if phase.name != "training")
+    yield from _peak(plan)
     if plan.hours is not None:
         yield f"{plan.steps} steps: {figures(plan.hours)} h of training at least"
     if plan.card is None:
@@ -83,18 +92,33 @@ def _speed(plan: Plan, network: NetworkSpec, costs: Sequence[Cost]) -> Table:
     return table
 
 
-def _memory(cost: Cost) -> Table:
-    """What a step on the shape that takes most holds, by component."""
+def _peak(plan: Plan) -> Iterator[str]:
+    """Where the run as a whole holds most, and whether that fits the card."""
+    device, host = peaks(plan.phases)
+    line = f"Most of the run: {_gib(device.memory.on_device)} GiB on the device in {device}"
+    yield line + (f", {_gib(host.memory.on_host)} GiB on the host in {host}" if host.memory.on_host else "")
+    if plan.card is not None and device.memory.on_device > plan.card.memory * GIB:
+        size = f"{plan.card.memory:g}"
+        yield f"{plan.card.name} has {size} GiB. For what would fit: tuner plan --fit {size}G"
+
+
+def peaks(phases: Sequence[Phase]) -> tuple[Phase, Phase]:
+    """The phases that hold most on the device, and on the host."""
+    return max(phases, key=lambda each: each.memory.on_device), max(phases, key=lambda each: each.memory.on_host)
+
+
+def _memory(what: str, memory: Memory) -> Table:
+    """What is held at most, by component."""
     from rich.table import Table
 
-    device, host = cost.memory.device, cost.memory.host
+    device, host = memory.device, memory.host
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(f"GiB at most, training on clips of {cost.shape.bucket}")
+    table.add_column(f"GiB at most, {what}")
     for place in ("device", "host"):
         table.add_column(place, justify="right")
     for component in dict.fromkeys([*device, *host]):
         table.add_row(component, *(_gib(held.get(component, 0.0)) for held in (device, host)))
-    table.add_row("in all", _gib(cost.memory.on_device), _gib(cost.memory.on_host))
+    table.add_row("in all", _gib(memory.on_device), _gib(memory.on_host))
     return table
 
 
@@ -131,11 +155,20 @@ def _average(costs: Sequence[Cost]) -> str:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """The same for programs. FLOP, seconds and tokens are plain numbers; ``null`` is not known."""
+    device, host = peaks(plan.phases)
     return {
         "model": {"family": plan.spec.family, "flavour": plan.spec.flavour},
         "card": None if plan.card is None else plan.card.name,
         "steps": plan.steps,
         "hours": plan.hours,
+        "phases": [
+            {"name": each.name, "what": each.what, "device": each.memory.device, "host": each.memory.host}
+            for each in plan.phases
+        ],
+        "peak": {
+            "device": {"phase": str(device), "bytes": device.memory.on_device},
+            "host": {"phase": str(host), "bytes": host.memory.on_host},
+        },
         "networks": {
             name: {
                 "shapes": [_record(cost) for cost in costs],

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tuner.builtin.planner.cards import Card
-from tuner.builtin.planner.costs import Shape, cost_of, shapes_of
+from tuner.builtin.planner.costs import Shape, cost_of, most_frequent, shapes_of
+from tuner.builtin.planner.memory_phases import of_run
 from tuner.builtin.planner.page import Plan
 from tuner.data.samples import Bucket
 from tuner.errors import ConfigError
@@ -45,9 +46,15 @@ def of_words(assembly: Assembly, words: Sequence[str], card: Card | None) -> Pla
 
     run = new_run(assembly)
     spec = pipeline.describe(run, assembly.manager)
-    buckets = [parse(word, spec) for word in words]
-    shapes = [Shape(bucket, _samples(run.config, spec, bucket), 1 / len(buckets)) for bucket in buckets]
+    shapes = named(run, spec, words)
+    run.trained_shape = most_frequent(shapes)
     return _plan(run, spec, shapes, card, None)
+
+
+def named(run: Run, spec: ModelSpec, words: Sequence[str]) -> list[Shape]:
+    """The shapes ``words`` in equal shares. Raises ConfigError."""
+    buckets = [parse(word, spec) for word in words]
+    return [Shape(bucket, _samples(run.config, spec, bucket), 1 / len(buckets)) for bucket in buckets]
 
 
 def parse(word: str, spec: ModelSpec) -> Bucket:
@@ -79,4 +86,5 @@ def _plan(run: Run, spec: ModelSpec, shapes: Sequence[Shape], card: Card | None,
     estimate = run.estimate
     assert estimate is not None  # the model is described
     costs = {network.name: [cost_of(estimate, network, shape, card) for shape in shapes] for network in spec.networks}
-    return Plan(spec, card, costs, steps)
+    found = of_run(run, spec, [cost.workload for each in costs.values() for cost in each])
+    return Plan(spec, card, costs, found, run.trained_shape, steps)
