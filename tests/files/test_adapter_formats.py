@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tuner.builtin.adapter_file import AdapterFile, Update, load, low_rank, read
+from tuner.builtin.adapter_file import AdapterFile, Update, load, low_rank, read, recognise
 from tuner.builtin.adapter_formats import models
 from tuner.builtin.adapter_formats.convert import convert
 from tuner.builtin.adapter_names import FORMATS
@@ -299,3 +299,13 @@ class TestRefusals:
         for form in ("comfyui", "kohya"):
             with pytest.raises(CheckpointError, match="divides by the norms of the base's rows"):
                 FORMATS[form].write(dora, aim.spec)
+
+
+def test_a_plugins_format_comes_before_those_of_the_core():
+    class Mine:
+        def claims(self, keys):
+            return any(key.startswith("mine/") for key in keys)
+
+    formats = {**FORMATS, "mine": Mine()}
+    assert recognise({"mine/x.lora_A.weight": torch.zeros(1)}, formats, "here") == "mine"
+    assert recognise({"x.lora_A.weight": torch.zeros(1)}, formats, "here") == "peft"
