@@ -45,6 +45,8 @@ class Linear:
     """What it is applied to: every token of the clip, the text, or the embedding of a frame."""
     within: tuple[str, ...] = ()
     """Classes of the modules around it, as adapters' settings name them: of the block, then of what lies in that."""
+    input: str = ""
+    """A name for what it is applied to: matrices of a block that are given one tensor have one; empty is its own."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Activations:
     """Kept for each token of the text or of embedded frames."""
     around: Held = Held()
     """Held throughout for each token of the clip, beside the blocks."""
+    inputs: frozenset[str] = frozenset()
+    """Names of inputs of matrices that are among ``kept``: an adapter keeps no more of these."""
+    lean: tuple[int, Activations] | None = None
+    """With ``gradient_checkpointing: offload``: what it holds instead where it sees more tokens of a clip than so
+    many."""
     companions: float = 0.0
     """Bytes for each token that all blocks read, such as rotary tables: once for all clips, and for each after a
     route took tokens out."""

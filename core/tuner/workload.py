@@ -52,6 +52,8 @@ class Workload:
     """Those of them that are applied to the text, not to the tokens."""
     adapted_width: int = 0
     """Inputs of the adapted matrices over tokens, summed over one block: what adapters keep of a token."""
+    adapted_inputs: frozenset[str] = frozenset()
+    """Names of these inputs, where the family names them."""
     gradients_released: bool = False
     """Whether each gradient is applied and freed as soon as it is known."""
     optimizer_bytes: float = 8.0

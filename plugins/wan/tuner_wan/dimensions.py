@@ -10,6 +10,7 @@ IMAGE_DIM = 1280
 """Width of CLIP ViT-H."""
 FREQUENCIES = 256
 """Of the sinusoidal embedding of a time."""
+SELF_OUTPUT, CROSS_OUTPUT = "output of self-attention", "output of cross-attention"
 ATTENTION = ("WanTransformerBlock", "WanAttention")
 FEED_FORWARD = ("WanTransformerBlock", "FeedForward")
 
@@ -17,11 +18,15 @@ FEED_FORWARD = ("WanTransformerBlock", "FeedForward")
 def linears(dim: int, ffn_dim: int, *, image_context: bool = False) -> tuple[Linear, ...]:
     """The matrices of a block of width ``dim``; with ``image_context`` those of image to video in 2.1, too."""
     projections = ("to_q", "to_k", "to_v", "to_out.0")
-    self_attention = [Linear(f"attn1.{each}", dim, dim, within=ATTENTION) for each in projections]
-    cross_attention = [
-        Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens", ATTENTION)
+    self_attention = [
+        Linear(f"attn1.{each}", dim, dim, within=ATTENTION, input=SELF_OUTPUT if each == "to_out.0" else "attn1")
         for each in projections
     ]
+    cross_attention = [
+        Linear(f"attn2.{each}", dim, dim, "text" if each in ("to_k", "to_v") else "tokens", ATTENTION)
+        for each in projections[:-1]
+    ]
+    cross_attention.append(Linear("attn2.to_out.0", dim, dim, within=ATTENTION, input=CROSS_OUTPUT))
     if image_context:
         images = ("add_k_proj", "add_v_proj")
         cross_attention += [Linear(f"attn2.{each}", dim, dim, "image", ATTENTION) for each in images]

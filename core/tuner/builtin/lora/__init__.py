@@ -92,15 +92,16 @@ class LoraPlugin(Plugin[LoraConfig]):
             (linear, rank * (linear.inputs + linear.outputs) * _adapted_blocks(linear.name, targets, network.blocks))
             for linear in network.matrices
         ]
+        inputs: dict[str, int] = {}
+        for linear, count in counted:
+            if count and linear.over == "tokens":
+                kept = linear.inputs * _adapted_blocks(linear.name, targets, network.blocks)
+                inputs[linear.input or linear.name] = max(kept, inputs.get(linear.input or linear.name, 0))
         return {
             "adapter_parameters": sum(count for _, count in counted),
             "adapter_parameters_on_text": sum(count for linear, count in counted if linear.over != "tokens"),
-            "adapted_width": sum(
-                linear.inputs * _adapted_blocks(linear.name, targets, network.blocks)
-                for linear in network.matrices
-                if linear.over == "tokens"
-            )
-            // network.blocks,
+            "adapted_width": round(sum(inputs.values()) / network.blocks),
+            "adapted_inputs": frozenset(inputs),
         }
 
     @hookimpl

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.builtin.adapter_state import copy_into
 from tuner.errors import ConfigError, nearest
@@ -107,6 +108,7 @@ def attach(network: Network, settings: LoraSettings, device: torch.device) -> Ad
     else:
         inject_adapter_in_model(settings.peft(), module, ADAPTER)
     parameters = dict(_initialise(module, settings, device))
+    leave_casts_to_autocast(module)
     return Adapter(
         kind="lora",
         groups=(ParameterGroup("lora", parameters),),
@@ -145,6 +147,23 @@ def _initialise(module: nn.Module, settings: LoraSettings, device: torch.device)
             matrix.to(device)
             matrix.requires_grad_(True)
             yield f"{name}.{matrix_name}.weight", matrix.get_parameter("weight")
+
+
+def leave_casts_to_autocast(module: nn.Module) -> None:
+    """Make the LoRA layers in ``module`` take what they are given as it is, under autocast.
+
+    PEFT casts it up to the adapter's type. Autocast casts that down again, to the very numbers that it was made of,
+    and backward keeps the copy: one for each of several layers that are given one tensor.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            object.__setattr__(layer, "_cast_input_dtype", MethodType(_left_to_autocast, layer))
+
+
+def _left_to_autocast(self: LoraLayer, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    if torch.is_autocast_enabled(rows.device.type):
+        return rows
+    return type(self)._cast_input_dtype(self, rows, dtype)  # type: ignore[no-any-return]
 
 
 def _described(settings: LoraSettings) -> dict[str, Any]:
