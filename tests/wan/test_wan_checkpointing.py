@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tuner.blocks import RouteRequest, StepContext, TokenRoute, install
 from tuner.builtin.checkpointing.offload import Offload
 from tuner.builtin.checkpointing.selective import Selective
+from tuner.builtin.lora.adapter import leave_casts_to_autocast
 from tuner.checkpointing import ATTENTION_OPERATORS, Checkpointing
 from tuner.errors import ConfigError
 from tuner.testing.clips import render_clip
@@ -24,6 +25,7 @@ from tuner.testing.live_bytes import LiveBytes
 from tuner.testing.opened import opened
 from tuner.train.step import train_step
 from tuner_chunked_ff import chunk
+from tuner_wan import lean
 from tuner_wan.loading import parameter_dtype
 from tuner_wan.stack import WanStack
 
@@ -114,6 +116,47 @@ def test_no_bit_changes(kind: str, lora: bool) -> None:
         assert not [each for each in plain if not torch.equal(plain[each], kept[each])], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_keep_less_change_no_bit(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In eight pieces, the routed tokens in four."""
+    monkeypatch.setattr(lean, "PIECE_TOKENS", 5)
+    network, inputs = make_network(kind), make_inputs(kind, dtype)
+    network.to(dtype) if dtype == torch.float32 else leave_casts_to_autocast(network)
+    plain = learn(network, inputs, None)
+    for block in network.blocks:
+        lean.install(block)
+    for policy in (None, Offload(torch.device("cpu"))):
+        kept = learn(network, inputs, policy)
+        assert kept.keys() == plain.keys()
+        assert not [each for each in plain if not torch.equal(plain[each], kept[each])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_and_modulation_that_are_trained_get_their_gradients(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever adapts them. Each token's modulation is added up in another order."""
+    monkeypatch.setattr(lean, "PIECE_TOKENS", 5)
+    network, inputs = make_network(kind, lora=False), make_inputs(kind, torch.float32)
+    plain = learn(network, inputs, None)
+    for block in network.blocks:
+        lean.install(block)
+    kept = learn(network, inputs, Offload(torch.device("cpu")))
+    assert kept.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_blocks_keep_less_where_the_least_memory_is_asked_for(settings: dict[str, Any]) -> None:
+    """Not where their own weights are trained, and not without being asked."""
+    cases = [{"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}]
+    cases.append({"gradient_checkpointing": "offload", "model_type": "full"})
+    found = []
+    for keys in cases:
+        with opened(settings | keys) as session:
+            found.append(["forward" in vars(block) for block in session.model.network.stack.blocks])
+    assert found == [[True] * BLOCKS, [False] * BLOCKS, [False] * BLOCKS]
+
+
 class Attention(TorchDispatchMode):
     """Notes the numbers of queries and keys of each attention that is computed."""
 
@@ -195,8 +238,11 @@ def test_the_keys_choose_the_policy_of_a_run(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "offload"])
-def test_a_streamed_base_learns_the_same(settings: dict[str, Any], checkpointing: str) -> None:
-    """Which weights are copied when differs between a forward and its recomputation."""
+def test_a_streamed_base_learns_the_same(
+    settings: dict[str, Any], checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which weights are copied when differs between a forward and its recomputation. Offload works in pieces."""
+    monkeypatch.setattr(lean, "PIECE_TOKENS", 7)
     found = []
     for keys in ({"gradient_checkpointing": True}, {"gradient_checkpointing": checkpointing, **STREAMED}):
         with opened(settings | keys) as session:

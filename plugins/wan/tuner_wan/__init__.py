@@ -9,7 +9,7 @@ from tuner import Plugin, PluginConfig, hookimpl, key
 
 if TYPE_CHECKING:
     from tuner.data.samples import Prepared
-    from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model
+    from tuner.model import Batch, EncodeBatch, Encoded, Loss, Model, Transform
     from tuner.run import Run
     from tuner.spec import ModelSpec
 
@@ -94,6 +94,15 @@ class WanPlugin(Plugin[WanConfig]):
         from tuner_wan.loading import load
 
         return load(run, self.config)
+
+    @hookimpl
+    def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
+        """Blocks that keep less, where the least memory is asked for and their own weights are frozen."""
+        if run.config.checkpointing != "offload" or run.config.model_type == "full":
+            return []
+        from tuner_wan.lean import transform
+
+        return [transform()]
 
     @hookimpl
     def encode_batch(self, model: Model, batch: EncodeBatch) -> Encoded:
