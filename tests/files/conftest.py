@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tuner.builtin.adapter_file import AdapterFile, Update, low_rank, save
 from tuner.builtin.adapter_formats import models
 from tuner.builtin.adapter_names import FORMATS
+from tuner.cli import app
 from tuner_wan.tiny import build_tiny, build_tiny_t2v
 
 torch.set_num_threads(1)
@@ -111,6 +113,20 @@ def _deltas(path: Path, base: Path, network: int = 0) -> dict[str, torch.Tensor]
     aim = models.targets(base)[network]
     file = read(path, aim.spec, aim.shapes, models.formats())
     return {module: update.delta(aim.shapes[module], dtype=torch.float64) for module, update in file.updates.items()}
+
+
+def _run(*arguments: object) -> str:
+    """The output of a command that succeeds; what it raises otherwise."""
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+@pytest.fixture
+def run() -> Callable[..., str]:
+    """Runs ``tuner``."""
+    return _run
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,31 +9,13 @@ import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from tuner.builtin.adapter_file import AdapterFile, low_rank, save
-from tuner.builtin.adapter_formats import combine, convert, extract, inspection, into_base, models
+from tuner.builtin.adapter_formats import combine, convert, extract, inspection, into_base
 from tuner.builtin.adapter_formats.compress import as_low_rank, recompressed
-from tuner.cli import app
 from tuner.errors import CheckpointError, ConfigError, ModelError, TunerError
 
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def run(*arguments: object) -> str:
-    """The output of a command that succeeds; what it raises otherwise."""
-    done = CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=True)
-    if done.exception is not None:
-        raise done.exception
-    return done.output
 
 
 def inputs(network: WanTransformer3DModel) -> dict[str, torch.Tensor]:
@@ -122,7 +103,7 @@ LIGHT = {"text_encoder": None, "tokenizer": None, "vae": None, "image_encoder": 
 class TestConvert:
     """Another format of the same."""
 
-    def test_lokr_becomes_lora_with_the_error_said(self, t2v, matrices, written, lokr, deltas):
+    def test_lokr_becomes_lora_with_the_error_said(self, t2v, matrices, written, lokr, deltas, run):
         source = written(lokr(matrices(t2v), whole=True, alpha=1.0), t2v, "lycoris")
         with pytest.raises(CheckpointError, match="--rank"):
             run("convert", source, "--to", "diffusers", "--model", t2v)
@@ -162,7 +143,7 @@ class TestConvert:
         assert "--model" in "".join(caught.value.__notes__)
         assert not (tmp_path / "out.safetensors").exists()
 
-    def test_nothing_is_overwritten_unasked(self, t2v, matrices, written, lora, tmp_path):
+    def test_nothing_is_overwritten_unasked(self, t2v, matrices, written, lora, tmp_path, run):
         source, out = written(lora(matrices(t2v)), t2v), tmp_path / "mine.safetensors"
         out.write_bytes(b"mine")
         with pytest.raises(ConfigError, match="exists"):
@@ -179,7 +160,7 @@ class TestConvert:
 class TestCombine:
     """Several adapters as one."""
 
-    def test_the_sum_is_exact(self, t2v, matrices, written, lora, deltas, tmp_path):
+    def test_the_sum_is_exact(self, t2v, matrices, written, lora, deltas, tmp_path, run):
         first = written(lora(matrices(t2v), 4, 6.0), t2v, "kohya", "first")
         second = written(lora(matrices(t2v, ["attn1.to_q"]), 2, 1.0, seed=1), t2v, "comfyui", "second")
         run("merge", first, second, "--weights", "0.5,-2", "-o", tmp_path / "sum.safetensors", "--model", t2v)
@@ -214,112 +195,10 @@ class TestCombine:
             combine.combine(paths, [1.0], tmp_path / "sum.safetensors", model=t2v)
 
 
-class TestIntoBase:
-    """A base with adapters in its weights."""
-
-    def test_only_what_the_file_names_changes_and_the_base_does_not(
-        self, t2v, matrices, written, lora, deltas, tmp_path
-    ):
-        source = written(lora(matrices(t2v, ["attn1.to_q"])), t2v)
-        before, plain = bytes_of(t2v), load_file(t2v / WEIGHTS)
-        output = run("merge", source, "--into", t2v, "-o", tmp_path / "merged", "--weights", 0.5)
-        assert bytes_of(t2v) == before
-        assert "2 tensors of transformer changed" in output
-        after = bytes_of(tmp_path / "merged")
-        assert {name for name in before if after[name] != before[name]} == {WEIGHTS.as_posix()}
-        merged, added = load_file(tmp_path / "merged" / WEIGHTS), deltas(source, t2v)
-        for name, tensor in plain.items():
-            exact = tensor.double() + 0.5 * added.get(name.removesuffix(".weight"), 0)
-            torch.testing.assert_close(merged[name].double(), exact, atol=1e-6, rtol=0)
-
-    def test_shards_and_bf16(self, t2v, matrices, written, lora, deltas, tmp_path):
-        network = WanTransformer3DModel.from_pretrained(t2v / "transformer", torch_dtype=torch.bfloat16)
-        network.save_pretrained(tmp_path / "base" / "transformer", max_shard_size="30KB")
-        plain = {name: each.clone() for name, each in network.state_dict().items()}
-        source = written(lora(matrices(t2v)), t2v)
-        done = into_base.merge([source], None, tmp_path / "base", tmp_path / "merged")
-        merged = WanTransformer3DModel.from_pretrained(tmp_path / "merged" / "transformer", torch_dtype=torch.bfloat16)
-        for module, added in deltas(source, t2v).items():
-            name = f"{module}.weight"
-            found = merged.state_dict()[name].double()
-            torch.testing.assert_close(found, plain[name].double() + added, rtol=2**-8, atol=1e-9)
-            lost = float((found - plain[name].double() - added).norm())
-            assert done.rounding[name][0] == pytest.approx(lost, rel=1e-3)
-
-    def test_the_expert_that_the_file_is_for(self, experts, written, lora, tmp_path):
-        shapes = {
-            module: shape for module, shape in models.targets(experts)[1].shapes.items() if "attn1.to_q" in module
-        }
-        before = bytes_of(experts)
-        file = written(lora(shapes), experts, **{"tuner.network": "transformer_2"})
-        run("merge", file, "--into", experts, "-o", tmp_path / "merged")
-        changed = {name for name, each in bytes_of(tmp_path / "merged").items() if each != before[name]}
-        assert changed == {f"transformer_2/{WEIGHTS.name}"}
-        silent = written(lora(shapes), experts, name="silent")
-        with pytest.raises(ConfigError, match="do not say which one they are for"):
-            run("merge", silent, "--into", experts, "-o", tmp_path / "other")
-        run("merge", silent, "--into", experts, "-o", tmp_path / "other", "--network", "transformer")
-        changed = {name for name, each in bytes_of(tmp_path / "other").items() if each != before[name]}
-        assert changed == {WEIGHTS.as_posix()}
-
-    def test_a_single_file_with_original_names(self, t2v, target, matrices, written, lora, deltas, tmp_path):
-        aim, base = target(t2v), tmp_path / "wan.safetensors"
-        plain = load_file(t2v / WEIGHTS)
-        renamed = {
-            f"model.diffusion_model.{aim.spec.original_name(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": tensor
-            for name, tensor in plain.items()
-            if "scale_shift_table" not in name
-        }
-        save_file(renamed, base)
-        source = written(lora(matrices(t2v)), t2v)
-        run("merge", source, "--into", base, "-o", tmp_path / "merged.safetensors")
-        found = load_file(tmp_path / "merged.safetensors")["model.diffusion_model.blocks.0.self_attn.q.weight"]
-        exact = plain["blocks.0.attn1.to_q.weight"].double() + deltas(source, t2v)["blocks.0.attn1.to_q"]
-        torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=0)
-
-    def test_quantised_bases_are_refused(self, t2v, matrices, written, lora, tmp_path):
-        source, quantised = written(lora(matrices(t2v)), t2v), tmp_path / "q"
-        tensors = load_file(t2v / WEIGHTS)
-        tensors["blocks.1.attn1.to_q.weight"] = tensors["blocks.1.attn1.to_q.weight"].to(torch.float8_e4m3fn)
-        quantised.mkdir()
-        save_file(tensors, quantised / "diffusion_pytorch_model.safetensors")
-        with pytest.raises(ModelError, match=r"the base is quantised: blocks\.1\.attn1\.to_q\.weight is F8_E4M3"):
-            into_base.merge([source], None, quantised, tmp_path / "merged")
-        save_file(load_file(t2v / WEIGHTS), quantised / "diffusion_pytorch_model.safetensors")
-        (quantised / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
-        with pytest.raises(ModelError, match="has a quantization_config"):
-            into_base.merge([source], None, quantised, tmp_path / "merged")
-        assert not (tmp_path / "merged").exists()
-
-    def test_places_that_are_taken_or_wrong(self, t2v, matrices, written, lora, tmp_path):
-        source = written(lora(matrices(t2v)), t2v)
-        for out, words in (
-            (tmp_path, "exists"),
-            (t2v / "inside", "is inside the base"),
-            (tmp_path / "x.safetensors", "folder"),
-        ):
-            with pytest.raises(ConfigError, match=words):
-                into_base.merge([source], None, t2v, out)
-        with pytest.raises(ModelError, match="does not exist"):
-            into_base.merge([source], None, tmp_path / "nothing", tmp_path / "merged")
-
-    def test_a_failure_in_the_middle_leaves_nothing(self, t2v, matrices, written, lora, tmp_path, monkeypatch):
-        source = written(lora(matrices(t2v)), t2v)
-
-        def full(*_: object) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(into_base, "_overwrite", full)
-        (tmp_path / "new").mkdir()
-        with pytest.raises(OSError, match="No space left"):
-            into_base.merge([source], None, t2v, tmp_path / "new" / "merged")
-        assert list((tmp_path / "new").iterdir()) == []
-
-
 class TestExtract:
     """A LoRA of a difference."""
 
-    def test_what_was_merged_comes_out_again(self, t2v, matrices, written, lora, deltas, tmp_path):
+    def test_what_was_merged_comes_out_again(self, t2v, matrices, written, lora, deltas, tmp_path, run):
         source = written(lora(matrices(t2v), rank=4), t2v)
         into_base.merge([source], None, t2v, tmp_path / "tuned")
         out = tmp_path / "extracted.safetensors"
@@ -364,7 +243,7 @@ class TestExtract:
 class TestInspect:
     """What a file is."""
 
-    def test_everything_for_programs(self, t2v, matrices, written, lora, deltas):
+    def test_everything_for_programs(self, t2v, matrices, written, lora, deltas, run):
         file = written(lora(matrices(t2v)), t2v, **{"tuner.expert": "high_noise", "tuner.base_model": "Wan-AI/Wan"})
         said = json.loads(run("inspect", file, "--model", t2v, "--json"))
         assert said["layout"] == "comfyui"
@@ -377,7 +256,7 @@ class TestInspect:
         for module, each in exact.items():
             assert said["norms"][module]["norm"] == pytest.approx(float(each.norm()), rel=1e-5)
 
-    def test_keys_that_would_not_load_and_where(self, t2v, matrices, written, lora, tmp_path):
+    def test_keys_that_would_not_load_and_where(self, t2v, matrices, written, lora, tmp_path, run):
         tensors = load_file(written(lora(matrices(t2v)), t2v, "diffusers"))
         tensors["transformer.blocks.7.attn1.to_q.lora_A.weight"] = torch.zeros(4, 24)
         save_file(tensors, tmp_path / "odd.safetensors")
@@ -396,6 +275,6 @@ class TestInspect:
         for module, each in deltas(file, t2v).items():
             assert said.norms[module][0] == pytest.approx(float(each.norm()), rel=1e-5)
 
-    def test_what_is_no_adapter(self, t2v):
+    def test_what_is_no_adapter(self, t2v, run):
         with pytest.raises(TunerError, match="no known format of adapters"):
             run("inspect", t2v / WEIGHTS)
