@@ -46,6 +46,7 @@ SMALL, LARGE, TI2V, I2V, I2V_22 = (
 CLIP, PICTURE = (81, 480, 832), (1, 480, 832)
 STREAMED = {"enable_group_offload": True, "group_offload_use_stream": True}
 CHUNKED = {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 8}
+LEAN = {"wan_lean_blocks": True}
 TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
 VAES: dict[str, dict[str, Any]] = {
     SMALL: {"base_dim": 96, "z_dim": 16},
@@ -132,7 +133,7 @@ def installed(module: nn.Module, spec: ModelSpec, workload: Workload) -> Network
     stack = WanStack(module)
     for block in stack.blocks if workload.feed_forward_tokens else ():
         install_chunks(block.ffn, workload.feed_forward_tokens or 0)  # type: ignore[arg-type]
-    for block in stack.blocks if workload.checkpointing == "offload" and workload.trained == "adapter" else ():
+    for block in stack.blocks if workload.lean_blocks else ():
         lean.install(block)
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     network = Network(spec.networks[0], module, stack, lambda: iter(()), dtypes.__getitem__, install(module, stack))
@@ -222,12 +223,13 @@ CASES = {
     ),
     "14B, one picture, streamed": Case(LARGE, PICTURE, blocks=4, keys={**STREAMED, "group_offload_resident_blocks": 1}),
     "14B, every second block": Case(LARGE, (33, 480, 832), blocks=4, keys={"gradient_checkpointing_interval": 2}),
-    "1.3B, offload, streamed, chunked": Case(
-        SMALL, CLIP, blocks=2, keys={"gradient_checkpointing": "offload", **STREAMED, **CHUNKED}
+    "1.3B, lean, full": Case(SMALL, CLIP, blocks=2, keys={**LEAN, **CHUNKED}),
+    "14B, lean, offload, streamed, chunked": Case(
+        LARGE, CLIP, blocks=2, keys={"gradient_checkpointing": "offload", **LEAN, **STREAMED, **CHUNKED}
     ),
-    "5B, offload": Case(TI2V, (121, 704, 1280), blocks=2, keys={"gradient_checkpointing": "offload"}),
-    "14B I2V 2.1, offload, every second block": Case(
-        I2V, (49, 480, 832), keys={"gradient_checkpointing": "offload", "gradient_checkpointing_interval": 2}
+    "5B, lean, offload": Case(TI2V, (121, 704, 1280), blocks=2, keys={"gradient_checkpointing": "offload", **LEAN}),
+    "14B I2V 2.1, lean, every second block": Case(
+        I2V, (49, 480, 832), keys={"gradient_checkpointing_interval": 2, **LEAN}
     ),
     "5B, a time for each token": Case(TI2V, (81, 704, 1280)),
     "5B, pictures": Case(TI2V, (1, 704, 1280), 2, keys={"gradient_checkpointing": "offload"}),
@@ -250,9 +252,9 @@ def test_the_predicted_peak_is_the_counted_one_within_five_percent(name: str, tm
     assert guess == pytest.approx(truth, rel=0.05)
 
 
-def test_offload_asks_for_the_least_memory_of_a_block_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step of 14B holds beside its weights: two thirds of what it would hold with diffusers' own blocks."""
-    run, spec, workload = described(replace(CASES["14B, offload, streamed, chunked"], blocks=2), tmp_path)
+def test_lean_blocks_hold_a_third_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step of 14B holds beside its weights, and what it would hold with diffusers' own blocks."""
+    run, spec, workload = described(CASES["14B, lean, offload, streamed, chunked"], tmp_path)
 
     def beside_weights() -> float:
         module = build(spec, workload, 16, spec.adapter_targets)

@@ -80,7 +80,7 @@ def _block(workload: Workload, held: Activations, index: int, tokens: int) -> Bl
     def size(each: Held) -> float:
         return seen * bytes_of(each, network, width)
 
-    if workload.checkpointing == "offload" and held.lean is not None and tokens > held.lean[0]:
+    if workload.lean_blocks and held.lean is not None and tokens > held.lean[0]:
         held = held.lean[1]
     chunk = _chunk(workload, tokens)
     if chunk is not None:
