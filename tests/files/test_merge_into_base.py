@@ -57,6 +57,16 @@ class TestIntoBase:
             lost = float((found - plain[name].double() - added).norm())
             assert done.rounding[name][0] == pytest.approx(lost, rel=1e-3)
 
+    def test_a_variant_beside_the_weights_is_left_alone(self, t2v, matrices, written, lora, tmp_path):
+        base = tmp_path / "base"
+        base.mkdir()
+        for name in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
+            save_file(load_file(t2v / WEIGHTS), base / f"{name}.safetensors")
+        source = written(lora(matrices(t2v)), t2v)
+        into_base.merge([source], None, base, tmp_path / "merged")
+        before, after = bytes_of(base), bytes_of(tmp_path / "merged")
+        assert {name for name in before if before[name] != after[name]} == {"diffusion_pytorch_model.safetensors"}
+
     def test_the_expert_that_the_file_is_for(self, experts, written, lora, tmp_path, run):
         shapes = {
             module: shape for module, shape in models.targets(experts)[1].shapes.items() if "attn1.to_q" in module

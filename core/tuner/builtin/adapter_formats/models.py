@@ -134,7 +134,7 @@ def bases(path: Path) -> list[Base]:
 
 
 def _base(network: str, place: Path) -> Base | None:
-    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
+    files = [place] if place.is_file() else _weight_files(place)
     held = {key: (file, key, shape) for file in files for key, shape in headers(file).items()}
     best = max(known(), key=lambda spec: _overlap(spec, held), default=None)
     if best is None or not _overlap(best, held):
@@ -142,8 +142,31 @@ def _base(network: str, place: Path) -> Base | None:
     ours = _our_names(best)
     tensors = {ours.get(_stem(key), _stem(key)) + _leaf(key): found for key, found in held.items()}
     config = place / "config.json"
-    described = json.loads(config.read_text(encoding="utf-8")) if place.is_dir() and config.is_file() else {}
+    described = _json(config) if place.is_dir() and config.is_file() else {}
     return Base(network or best.networks[0].name, tuple(files), described, tensors, best)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of one set of weights: those of the index, or the file without a variant in its name, or the only one.
+
+    Raises ModelError where there are several sets.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"), key=lambda path: len(path.name))
+    if indices:
+        return [folder / name for name in sorted(set(_json(indices[0]).get("weight_map", {}).values()))]
+    found = sorted(folder.glob("*.safetensors"), key=lambda path: len(path.name))
+    plain = [path for path in found if path.name.count(".") == 1]
+    if len(found) > 1 and len(plain) != 1:
+        raise ModelError(f"{len(found)} sets of weights", where=folder, remedy="name one of the files instead")
+    return plain or found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"is no JSON: {error}", where=path) from error
+    return found if isinstance(found, dict) else {}
 
 
 def headers(file: Path) -> dict[str, tuple[int, ...]]:
