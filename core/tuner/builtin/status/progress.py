@@ -9,6 +9,8 @@ from tuner.console import console
 
 LINE_EVERY = 15.0
 """Seconds between plain lines."""
+SPEED_OVER = 3600.0
+"""Seconds that the time left is estimated from: a step of a video model may take minutes."""
 
 
 class TrainProgress:
@@ -18,7 +20,7 @@ class TrainProgress:
         self.start, self.total = done, total
         self.began = self.shown = time.monotonic()
         self._bar = self._task = None
-        if sys.stderr.isatty():
+        if console().is_terminal and not console().is_dumb_terminal:
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -37,6 +39,7 @@ class TrainProgress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=console(),
+                speed_estimate_period=SPEED_OVER,
             )
             self._task = self._bar.add_task("training", total=total, completed=done, note="")
             self._bar.start()
