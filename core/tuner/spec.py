@@ -83,8 +83,7 @@ class Activations:
     inputs: frozenset[str] = frozenset()
     """Names of inputs of matrices that are among ``kept``: an adapter keeps no more of these."""
     lean: tuple[int, Activations] | None = None
-    """With ``gradient_checkpointing: offload``: what it holds instead where it sees more tokens of a clip than so
-    many."""
+    """What it holds instead where it keeps less and sees more tokens of a clip than so many."""
     companions: float = 0.0
     """Bytes for each token that all blocks read, such as rotary tables: once for all clips, and for each after a
     route took tokens out."""

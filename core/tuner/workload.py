@@ -70,6 +70,8 @@ class Workload:
     """How activations are kept for backward: ``none``, ``full``, ``selective`` or ``offload``."""
     checkpointing_interval: int = 1
     """Every so many-th block is checkpointed."""
+    lean_blocks: bool = False
+    """Whether blocks compute token by token in pieces, and again in backward, what they would keep in float32."""
     feed_forward_tokens: int | None = None
     """Tokens that a feed-forward layer computes at a time, recomputed in backward; None is all, kept."""
     rendered: tuple[int, int, int] | None = None

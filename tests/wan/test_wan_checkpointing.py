@@ -126,8 +126,8 @@ def test_blocks_that_keep_less_change_no_bit(kind: str, dtype: torch.dtype, monk
     plain = learn(network, inputs, None)
     for block in network.blocks:
         lean.install(block)
-    for policy in (None, Offload(torch.device("cpu"))):
-        kept = learn(network, inputs, policy)
+    for make in (lambda: None, *POLICIES.values()):
+        kept = learn(network, inputs, make())
         assert kept.keys() == plain.keys()
         assert not [each for each in plain if not torch.equal(plain[each], kept[each])]
 
@@ -146,15 +146,15 @@ def test_norms_and_modulation_that_are_trained_get_their_gradients(kind: str, mo
         torch.testing.assert_close(kept[name], tensor, rtol=1e-5, atol=1e-7)
 
 
-def test_blocks_keep_less_where_the_least_memory_is_asked_for(settings: dict[str, Any]) -> None:
-    """Not where their own weights are trained, and not without being asked."""
-    cases = [{"gradient_checkpointing": "offload"}, {"gradient_checkpointing": True}]
-    cases.append({"gradient_checkpointing": "offload", "model_type": "full"})
+def test_blocks_whose_weights_are_trained_stay_as_they_are_and_that_is_said(
+    settings: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     found = []
-    for keys in cases:
-        with opened(settings | keys) as session:
+    for keys in ({}, {"model_type": "full"}):
+        with opened(settings | {"wan_lean_blocks": True} | keys) as session:
             found.append(["forward" in vars(block) for block in session.model.network.stack.blocks])
-    assert found == [[True] * BLOCKS, [False] * BLOCKS, [False] * BLOCKS]
+    assert found == [[True] * BLOCKS, [False] * BLOCKS]
+    assert any("wan_lean_blocks has no effect" in line for line in caplog.messages)
 
 
 class Attention(TorchDispatchMode):
@@ -237,15 +237,22 @@ def test_the_keys_choose_the_policy_of_a_run(settings: dict[str, Any]) -> None:
     assert policy.copied_out == len(policy.pool.free) == 2, "blocks 0 and 3 of four"
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "offload"])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "offload"},
+        {"gradient_checkpointing": "offload", "wan_lean_blocks": True},
+    ],
+)
 def test_a_streamed_base_learns_the_same(
-    settings: dict[str, Any], checkpointing: str, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which weights are copied when differs between a forward and its recomputation. Offload works in pieces."""
+    """Which weights are copied when differs between a forward and its recomputation."""
     monkeypatch.setattr(lean, "PIECE_TOKENS", 7)
     found = []
-    for keys in ({"gradient_checkpointing": True}, {"gradient_checkpointing": checkpointing, **STREAMED}):
-        with opened(settings | keys) as session:
+    for each in ({"gradient_checkpointing": True}, {**keys, **STREAMED}):
+        with opened(settings | each) as session:
             found.append([train_step(session).loss for _ in range(2)])
             found.append(session.model.network.adapter.state())  # type: ignore[union-attr]
     assert found[0] == found[2]
