@@ -37,6 +37,12 @@ def losses(steps):
     return [line["loss"] for line in steps]
 
 
+def by_level(steps):
+    found = {name: value for name, value in steps[-1].items() if name.startswith("noise_levels/")}
+    assert sum(value for name, value in found.items() if "/samples/" in name) == sum(line["samples"] for line in steps)
+    return found
+
+
 def weights(output, step):
     return load_file(output / f"checkpoint-{step}" / "adapter.transformer.safetensors")
 
@@ -73,11 +79,13 @@ def test_two_train_as_one_that_does_both_shares(job, steps_of, keys, request):
 )
 def test_a_run_goes_on_in_another_number_of_processes(job, steps_of, keys, request):
     name = f"worlds-{request.node.callspec.id}"
+    keys = {**keys, "noise_levels_interval": 6}  # counted in one process, in two, and in one again
     whole = alone(job, f"{name}-whole", **keys)
     output = alone(job, name, max_train_steps=2, **keys)
     assert in_two(job, name, max_train_steps=4, resume_from_checkpoint="latest", **keys) == [0, 0]
     alone(job, name, resume_from_checkpoint="latest", **keys)
     assert losses(steps_of(output)) == pytest.approx(losses(steps_of(whole)), rel=1e-5)
+    assert by_level(steps_of(output)) == pytest.approx(by_level(steps_of(whole)), rel=1e-5)
 
 
 def test_one_that_is_told_to_stop_stops_both_with_everything_saved(job, steps_of):

@@ -61,7 +61,7 @@ class NoiseLevelsPlugin(Plugin[NoiseLevelsConfig]):
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted since the last time."""
-        return {} if self._histogram is None else self._histogram.state()
+        return self._counted().state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting."""
