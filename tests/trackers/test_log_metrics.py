@@ -70,6 +70,7 @@ def test_mfu_is_the_model_s_work_over_what_the_card_reaches(workplace, tmp_path)
         plugin.on_step_end(run=session.run, model=session.model, metrics={"seconds": 0.5})
         assert plugin.log_metrics(run=session.run, line={"seconds": 0.5}) == {}  # no card is known on a CPU
         plugin._card = card
+        plugin.on_step_end(run=session.run, model=session.model, metrics={"seconds": 0.5})
         found = plugin.log_metrics(run=session.run, line={"seconds": 0.5})["planner/mfu"]
         [batch] = session.plan.micro_batches(0)
         work = session.run.estimate(session.model.network.spec, batch.bucket, len(batch.samples))
