@@ -76,7 +76,6 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     run.spec = spec
     run.token_selectors = manager.registry("token_selectors", run)
     run.data_sources = manager.registry("data_sources", run)
-    run.adapter_formats = manager.registry("adapter_formats", run)
     run.quantizer = lambda precision: manager.registry("quantizers", run)[precision]
     plain = manager.unwrapped("compute_loss")
     run.plain_loss = lambda model, batch: plain(run=run, model=model, batch=batch)

@@ -65,8 +65,6 @@ class Run:
     """Learning-rate curves by name; set together with them."""
     data_sources: Mapping[str, Source] = field(default_factory=dict)
     """Where files may come from beside a local folder, by ``type``; set once the model is described."""
-    adapter_formats: Mapping[str, Any] = field(default_factory=dict)
-    """Formats of adapter files by name (``tuner.builtin.adapter_file``); set together with them."""
     text_cache: Callable[[str], dict[str, Tensor]] | None = None
     """The cached encoding of a caption named in ``extra_captions``; set once the cache is built."""
     plain_loss: Callable[[Model, Batch], Loss] | None = None

@@ -61,11 +61,6 @@ class Scribe(Plugin[PluginConfig]):
         return {}
 
     @hookimpl
-    def adapter_formats(self, run):
-        self.note("adapter_formats", run, described=run.spec is not None)
-        return {}
-
-    @hookimpl
     def extra_samples(self, run, spec, data):
         self.note("extra_samples", run, samples=len(data.samples))
         return []
@@ -237,6 +232,7 @@ def facts(calls: list[tuple[str, Any, dict[str, Any]]], hook: str) -> list[dict[
 def test_the_scribe_knows_every_hook_but_the_familys(calls: list[tuple[str, Any, dict[str, Any]]]) -> None:
     called = {name for name, _, _ in calls}
     on_demand = {
+        "adapter_formats",
         "quantizers",
         "attention_backends",
         "estimate",
@@ -258,7 +254,6 @@ def test_hooks_come_in_their_order(calls: list[tuple[str, Any, dict[str, Any]]])
         "lr_curves",
         "token_selectors",
         "data_sources",
-        "adapter_formats",
         "check_model",
         "extra_samples",
         "data_ready",
@@ -284,7 +279,6 @@ def test_hooks_may_rely_on_what_the_page_says(calls: list[tuple[str, Any, dict[s
     assert facts(calls, "optimizers") == [{"described": False}]
     assert facts(calls, "token_selectors") == [{"described": True}]
     assert facts(calls, "data_sources") == [{"described": True}]
-    assert facts(calls, "adapter_formats") == [{"described": True}]
     assert facts(calls, "check_model") == [{"blocks": 4}]
     assert facts(calls, "extra_samples") == [{"samples": 2}]
     assert facts(calls, "data_ready") == [{"samples": 2}]

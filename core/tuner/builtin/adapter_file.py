@@ -180,7 +180,7 @@ def read(path: Path, spec: ModelSpec, shapes: Shapes, formats: Mapping[str, Adap
     Arguments
         spec: whose table of names is used.
         shapes: shapes of the network's weights by module name.
-        formats: ``run.adapter_formats``.
+        formats: by name, as the hook ``adapter_formats`` gives them.
 
     Raises CheckpointError for a file that cannot be read, is of no known format, or is another model's.
     """

@@ -129,11 +129,11 @@ class SurveyHooks:
     def adapter_formats(self, run: Run) -> Mapping[str, Any]:
         """Offer formats of adapter files.
 
-        Called: all, once, after ``describe_model``; also by commands on adapter files.
-        Arguments: ``run``.
+        Called: all, where an adapter file is read or written: by the commands on such files.
+        Arguments: ``run``, without a config of its own there.
         Returns: name -> an AdapterFormat (``tuner.builtin.adapter_file``): whether a file is of this format by its
-        keys, what it says of each module, and the way back. A name offered twice is an error. The merged mapping is
-        ``run.adapter_formats``; the last format that claims a file is taken.
+        keys, what it says of each module, and the way back. A name offered twice is an error. The last format that
+        claims a file is taken.
 
         Example::
 
