@@ -130,7 +130,7 @@ class TestPending(PluginContract):
 
 class TestPlanner(PluginContract):
     plugin = "planner"
-    legacy_keys = frozenset({"plan_card"})
+    legacy_keys = frozenset({"memory_preset", "plan_card"})
 
 
 class TestPriorPreservation(PluginContract):
