@@ -7,6 +7,7 @@ nobody. So errors are exchanged: the one at fault raises its own, the others end
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -119,6 +120,8 @@ def _index() -> int:
 
 def are_several() -> bool:
     """Whether this process is connected with others."""
+    if "torch" not in sys.modules:
+        return False  # and it stays so: a command that only looks has no need of it
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
