@@ -33,6 +33,7 @@ CLIP, SHORT, PICTURE = (81, 480, 832), (33, 480, 832), (1, 480, 832)
 STREAMED = {"enable_group_offload": True, "group_offload_use_stream": True}
 CHUNKED = {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 8}
 OFFLOADED, EIGHT_BITS = {"gradient_checkpointing": "offload"}, {"base_model_precision": "int8-quanto"}
+LEAN = {"wan_lean_blocks": True}
 LEVERS: Mapping[str, Mapping[str, Any]] = {
     "none": {"gradient_checkpointing": False},
     "selective": {"gradient_checkpointing": "selective"},
@@ -40,7 +41,7 @@ LEVERS: Mapping[str, Mapping[str, Any]] = {
     "offload": OFFLOADED,
     "streaming": {"gradient_checkpointing": True, **STREAMED},
     "streaming + chunked": {"gradient_checkpointing": True, **STREAMED, **CHUNKED},
-    "all + int8": {**OFFLOADED, **STREAMED, **CHUNKED, **EIGHT_BITS},
+    "all + int8": {**OFFLOADED, **LEAN, **STREAMED, **CHUNKED, **EIGHT_BITS},
 }
 PLAIN = "full"
 """What the others are held against: all weights on the device, every block checkpointed."""

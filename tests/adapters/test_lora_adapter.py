@@ -9,6 +9,7 @@ from torch import nn
 from tuner import rng
 from tuner.builtin.lora.adapter import LoraSettings, attach, check_targets
 from tuner.errors import CheckpointError, ConfigError
+from tuner.testing.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,6 +128,36 @@ def test_dropout_acts_in_training_only(make_network, wan_inputs, randomise):
         assert not torch.equal(network.module(**wan_inputs).sample, network.module(**wan_inputs).sample)
         network.module.eval()
         assert torch.equal(network.module(**wan_inputs).sample, network.module(**wan_inputs).sample)
+
+
+def test_under_autocast_layers_keep_one_copy_of_a_tensor_and_compute_what_pefts_own_would(make_network, randomise):
+    rows, found = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16(), []
+    for theirs in (True, False):
+        network = make_network()
+        network.module = nn.ModuleDict({name: nn.Linear(256, 8, dtype=torch.bfloat16) for name in TARGETS[:3]})
+        rng.seed_global(3, "test")
+        for parameter in network.module.parameters():
+            nn.init.normal_(parameter)
+        adapter = attached(network, targets=TARGETS[:3])
+        randomise(adapter.state())
+        for layer in network.module.values() if theirs else ():
+            del layer._cast_input_dtype
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            out = torch.stack([layer(rows) for layer in network.module.values()])
+            kept = live.live
+        out.float().square().sum().backward()
+        found.append((kept, out, [each.grad for each in adapter.groups[0].parameters.values()]))
+    theirs, ours = found
+    assert theirs[0] - ours[0] == 3 * rows.nbytes  # without them what is kept is the caller's tensor itself
+    assert torch.equal(theirs[1], ours[1])
+    assert all(map(torch.equal, theirs[2], ours[2]))
+
+
+def test_without_autocast_a_bfloat16_base_is_adapted_as_peft_does(make_network):
+    network = make_network()
+    network.module = nn.ModuleDict({"to_q": nn.Linear(8, 8, dtype=torch.bfloat16)})
+    attached(network, targets=("to_q",))
+    assert network.module["to_q"](torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_any_module_can_be_adapted(make_network):
