@@ -116,8 +116,9 @@ def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -
         module.requires_grad_(False)
         module.add_adapter(LORA)
     install(module.train(), WanStack(module)).context = StepContext(checkpointing=checkpointing)
-    for block in module.blocks if chunk else ():
-        install_chunks(block.ffn, chunk)
+    if chunk is not None:
+        for block in module.blocks:
+            install_chunks(block.ffn, chunk)
     with FlopCounterMode(display=False) as counter:
         (output,) = module(*inputs, return_dict=False)
         output.square().mean().backward()
