@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from tuner.errors import ModelError, nearest
+from tuner.heap import given_back
 from tuner.model import Network, Sink
 
 SHOWN = 5
 """How many differing keys an error lists."""
 
 
+@given_back()
 def materialise(network: Network, *, device: torch.device, sinks: Sequence[Sink] = ()) -> None:
     """Fill ``network`` from its weight source.
 

@@ -153,6 +153,18 @@ class TestQuanto(PluginContract):
     plugin = "quanto"
 
 
+class TestSavePoints(PluginContract):
+    plugin = "save_points"
+
+
+class TestSharding(PluginContract):
+    plugin = "sharding"
+
+
+class TestWatchdog(PluginContract):
+    plugin = "watchdog"
+
+
 class TestSampling(PluginContract):
     plugin = "sampling"
 
