@@ -88,7 +88,7 @@ def _norm(self: Any, tokens: Tensor) -> Tensor:
         return normed.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normed
 
     if not _is_large(tokens):
-        return type(self).forward(self, tokens)
+        return type(self).forward(self, tokens)  # type: ignore[no-any-return]
     return _in_pieces(compute, tokens, *self._tuner_rotary, whole=_is_trained(self))
 
 
@@ -115,8 +115,8 @@ class _Modulated:
         """``norm`` of ``tokens`` (B, S, D), scaled and shifted."""
 
         def compute(piece: Tensor, *times: Tensor) -> Tensor:
-            normed = norm(piece.float()) * (1 + self._row(first + 1, *times)) + self._row(first, *times)
-            return normed.type_as(piece)
+            normed: Tensor = norm(piece.float())
+            return (normed * (1 + self._row(first + 1, *times)) + self._row(first, *times)).type_as(piece)
 
         return _in_pieces(compute, tokens, *self._times(), whole=self._is_whole(norm))
 
