@@ -44,6 +44,10 @@ class TestEma(PluginContract):
     legacy_keys = frozenset({"use_ema"})
 
 
+class TestEncoding(PluginContract):
+    plugin = "encoding"
+
+
 class TestEpochs(PluginContract):
     plugin = "epochs"
 
@@ -155,10 +159,21 @@ class TestQuanto(PluginContract):
 
 class TestSavePoints(PluginContract):
     plugin = "save_points"
+    legacy_keys = frozenset({"checkpoint_epoch_interval", "checkpoint_minutes_interval"})
 
 
 class TestSharding(PluginContract):
     plugin = "sharding"
+    legacy_keys = frozenset(
+        {
+            "fsdp_enable",
+            "fsdp_version",
+            "fsdp_reshard_after_forward",
+            "fsdp_cpu_offload",
+            "fsdp_state_dict_type",
+            "deepspeed_config",
+        }
+    )
 
 
 class TestWatchdog(PluginContract):
