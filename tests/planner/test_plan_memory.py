@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from tuner import flow, pipeline
@@ -21,18 +21,17 @@ from tuner.builtin.checkpointing.offload import Offload
 from tuner.builtin.checkpointing.selective import Selective
 from tuner.builtin.lora.adapter import LoraSettings, leave_casts_to_autocast
 from tuner.builtin.planner.memory import CONTEXT, predict
-from tuner.builtin.planner.memory_phases import decoding, encoding, phases, rendering
+from tuner.builtin.planner.memory_phases import rendering
 from tuner.checkpointing import Checkpointing
 from tuner.data.samples import Bucket
 from tuner.model import Batch, Network
 from tuner.run import Run
 from tuner.spec import ModelSpec
-from tuner.testing.peak import StepBytes, fakes, inference_bytes, step_bytes, without_storage
+from tuner.testing.peak import fakes, inference_bytes, step_bytes, without_storage
 from tuner.workload import Workload
 from tuner_chunked_ff.chunk import install as install_chunks
 from tuner_offload.schedule import RING_GROUPS, streamed_blocks
 from tuner_wan import lean
-from tuner_wan.encode import encode_clip
 from tuner_wan.stack import WanStack
 from tuner_wan.training import predict as velocity
 
@@ -48,23 +47,6 @@ STREAMED = {"enable_group_offload": True, "group_offload_use_stream": True}
 CHUNKED = {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 8}
 LEAN = {"wan_lean_blocks": True}
 TREAD = {"tread_config": {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}}
-VAES: dict[str, dict[str, Any]] = {
-    SMALL: {"base_dim": 96, "z_dim": 16},
-    TI2V: {
-        "base_dim": 160,
-        "decoder_base_dim": 256,
-        "z_dim": 48,
-        "latents_mean": [0.0] * 48,
-        "latents_std": [1.0] * 48,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
-        "scale_factor_temporal": 4,
-    },
-}
-"""Of the repositories' config.json files, beside the class's defaults."""
 
 
 @dataclass
@@ -303,53 +285,6 @@ def test_rendering_holds_what_a_forward_without_gradients_does(
     assert found["block at work"] + found["around the blocks"] == pytest.approx(truth, rel=0.05)
 
 
-@pytest.mark.parametrize("flavour", [SMALL, TI2V])
-@pytest.mark.parametrize("shape", [(9, 480, 832), (1, 704, 1280)])
-def test_encoding_and_decoding_hold_what_the_vae_does(
-    flavour: str, shape: tuple[int, int, int], tmp_path: Path
-) -> None:
-    """A VAE of the real dimensions; the clip itself is on the host."""
-    _, spec, workload = described(Case(flavour, shape, blocks=2), tmp_path)
-    with torch.device("meta"):
-        vae: Any = AutoencoderKLWan(**VAES[flavour]).eval().requires_grad_(False)
-    with fakes():
-        without_storage(vae)
-        pixels = torch.empty(3, *shape)
-        latents = torch.empty(1, *spec.latents.shape(*shape))
-        with torch.no_grad(), StepBytes(vae, on_host=[pixels]) as encoded:
-            encode_clip(vae, pixels)
-        with torch.no_grad(), StepBytes(vae) as decoded:
-            vae.decode(latents)
-    assert spec.components["vae"]["weights"] == nbytes(vae)
-    at_work = {
-        "encoding": encoding(spec, "vae", workload).device["vae at work"],
-        "decoding": decoding(spec, "vae", workload).device["vae at work"],
-    }
-    assert at_work["encoding"] == pytest.approx(encoded.peak, rel=0.05)
-    assert at_work["decoding"] == pytest.approx(decoded.peak, rel=0.05)
-
-
-def test_phases_hold_what_is_loaded_in_them(tmp_path: Path) -> None:
-    """By hand: UMT5 in bfloat16 or eight bits, or two of its 24 blocks; a second expert waits on the host."""
-    both = Case("t2v-14b-2.2-both", CLIP)
-    run, _, workload = described(replace(both, blocks=40), tmp_path)
-    spec = run.spec
-    assert spec is not None
-    whole = {str(each): each.memory for each in phases(spec, replace(workload, rendered=PICTURE))}
-    assert whole["caching (text encoder)"].device["weights of text encoder"] == 2 * 5_680_910_336
-    quantised = phases(spec, workload, precisions={"text_encoder": "int8-quanto"}, tiled=True)
-    eight = {str(each): each.memory.device for each in quantised}
-    assert eight["caching (text encoder)"]["weights of text encoder"] == 5_680_910_336 + 256384 * 4096
-    _, _, streaming = described(replace(both, keys={"text_encoder_offload": True}), tmp_path)
-    streamed = encoding(spec, "text_encoder", streaming)
-    assert streamed.device["weights of text encoder"] == pytest.approx(2 * 2 * (5_680_910_336 - 256384 * 4096) / 24)
-    assert sum(streamed.host.values()) + streamed.device["weights of text encoder"] == 2 * 5_680_910_336
-    assert whole["training"].host["networks that wait"] == pytest.approx(28.6e9, rel=0.01)
-    coding = {"caching (text encoder)", "caching (vae)"}
-    assert set(whole) == coding | {"training", "validation (rendering)", "validation (vae)"}
-    assert set(eight) == coding | {"training"}, "nothing is rendered"
-
-
 def test_the_optimizer_makes_its_state_when_the_first_backward_is_over(tmp_path: Path) -> None:
     """By hand: beside weights and gradients of all blocks it is more than what the backward held, or it is not."""
     clip = predict(described(Case(LARGE, CLIP), tmp_path)[2], first=True)
@@ -359,22 +294,6 @@ def test_the_optimizer_makes_its_state_when_the_first_backward_is_over(tmp_path:
     assert first.device["optimizer state"] == later.device["optimizer state"]
     assert first.device["gradients"] == pytest.approx(2 * 30 * 46.44e6, rel=0.01)
     assert first.on_device < later.on_device
-
-
-def test_a_denoiser_that_leaves_while_a_clip_is_decoded_is_on_the_host(tmp_path: Path) -> None:
-    _, spec, staying = described(Case(LARGE, CLIP), tmp_path)
-    _, _, leaving = described(Case(LARGE, CLIP, keys={"enable_model_cpu_offload": True}), tmp_path)
-    stays, leaves = decoding(spec, "vae", staying), decoding(spec, "vae", leaving)
-    moved = stays.device["base weights"]
-    assert leaves.on_device == pytest.approx(stays.on_device - moved)
-    assert leaves.host["base weights"] == moved
-
-
-def test_tiles_bound_what_the_vae_works_in(tmp_path: Path) -> None:
-    _, spec, workload = described(Case(SMALL, CLIP), tmp_path)
-    large = replace(workload, shape=(81, 720, 1280))
-    tiled = [encoding(spec, "vae", each, tiled=True).device["vae at work"] for each in (workload, large)]
-    assert tiled[0] == tiled[1] < encoding(spec, "vae", workload).device["vae at work"] / 5
 
 
 def test_gradients_and_optimizer_of_streamed_weights_are_on_the_host(tmp_path: Path) -> None:
