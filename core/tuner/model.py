@@ -59,7 +59,8 @@ class Adapter:
     """``lora``, ``full``, ``lycoris`` …"""
     groups: tuple[ParameterGroup, ...]
     state: Callable[[], dict[str, Tensor]]
-    """Trained tensors by name, as ``save`` formats them; views, on whatever device they live."""
+    """Trained tensors by name, as ``save`` formats them; views, on whatever device they live, or each process's part
+    of them (``tuner.sharded``)."""
     load: Callable[[Mapping[str, Tensor]], None]
     """Copy a state into the existing tensors (never replaces their storage). Raises CheckpointError on other names."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +72,9 @@ class Adapter:
 
 class Sharding(Protocol):
     """A network whose parameters are spread over the processes, each forward of which needs every process."""
+
+    saves_parts: bool
+    """Whether each process writes its own parts into a checkpoint; else the main process writes all of them whole."""
 
     def synchronise(self, last: bool) -> None:
         """Called before each micro-batch: the gradients are summed over the processes after the ``last`` of a step."""

@@ -40,28 +40,33 @@ def existing(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
+def aside(target: Path) -> Path:
+    """Where the checkpoint ``target`` lies until it is whole."""
+    return target.with_name(f"{TEMPORARY}{target.name}")
+
+
 @contextmanager
 def writing(target: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to fill; on success it becomes the checkpoint ``target`` with a manifest, on failure nothing remains.
 
     Raises CheckpointError when the disk is full or the folder cannot be written.
     """
-    aside = target.with_name(f"{TEMPORARY}{target.name}")
+    directory = aside(target)
     try:
         # What an earlier, killed process left under our own temporary name.
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        _seal(aside, manifest)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        yield directory
+        _seal(directory, manifest)
         if target.exists():
             target.rename(_free_name(target))
-        aside.rename(target)
+        directory.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise _write_error(target, error) from error
+        shutil.rmtree(directory, ignore_errors=True)
+        raise write_error(target, error) from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
 
 
@@ -85,7 +90,8 @@ def _free_name(target: Path) -> Path:
     return next(name for name in numbers if not name.exists())
 
 
-def _write_error(target: Path, error: OSError) -> CheckpointError:
+def write_error(target: Path, error: OSError) -> CheckpointError:
+    """What to say where the checkpoint ``target`` could not be written."""
     reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
     return CheckpointError(
         f"the checkpoint could not be written: {reason}",
@@ -160,7 +166,7 @@ def prune(output_dir: Path, limit: int) -> list[Path]:
     clear_leftovers(output_dir)
     removed = []
     for _, path in existing(output_dir)[:-limit] if limit else []:
-        doomed = path.with_name(f"{TEMPORARY}{path.name}")
+        doomed = aside(path)
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(path)

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from tuner import processes, sharded
 from tuner.train import checkpoint, state
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tuner.train.session import Session
 
 ROOM = 2
@@ -38,13 +41,21 @@ class Saving:
         self.finish()
         session, run = self._session, self._session.run
         target = checkpoint.folder(run.output_dir, run.step)
-        contents = session.contents()
+        parts: dict[str, Tensor] | None = {} if session.saves_parts else None
+        contents = session.contents(parts)
         with ExitStack() as sealing:
-            if not run.is_main:
-                session.export_into(target)
-                return target
-            directory = sealing.enter_context(checkpoint.writing(target, {"step": run.step, **session.manifest}))
+            directory = checkpoint.aside(target)
+            with processes.together():
+                if run.is_main:
+                    manifest = {"step": run.step, **session.manifest}
+                    directory = sealing.enter_context(checkpoint.writing(target, manifest))
             session.export_into(directory)
+            try:
+                sharded.write(directory, parts or {})
+            except OSError as error:
+                raise checkpoint.write_error(target, error) from error
+            if not run.is_main:
+                return target
             apart = psutil.virtual_memory().available > ROOM * sum(each.nbytes for each in contents.values())
             if apart:
                 contents = {name: each.copied() for name, each in contents.items()}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
     from tuner.data.loader import Loader
     from tuner.data.order import Order
     from tuner.manager import Manager
@@ -118,11 +120,19 @@ class Session:
             forced=batch.forced,
         )
 
-    def contents(self) -> dict[str, state.Contents]:
-        """Everything a resume needs, by name of its file in the checkpoint; views of what training changes."""
-        contents = state.of_plugins(self.run.plugins)
+    @property
+    def saves_parts(self) -> bool:
+        """Whether every process writes its part of a checkpoint."""
+        return any(each.sharding is not None and each.sharding.saves_parts for each in self.trained)
+
+    def contents(self, parts: dict[str, Tensor] | None = None) -> dict[str, state.Contents]:
+        """Everything a resume needs, by name of its file in the checkpoint; views of what training changes.
+
+        ``parts`` gets, by file and name, what is spread over the processes; without it that is put together.
+        """
+        contents = state.of_plugins(self.run.plugins, parts)
         for network in self.trained:
-            contents |= state.of_network(network, self.optimizers[network.name])
+            contents |= state.of_network(network, self.optimizers[network.name], parts)
         return contents
 
     def export_into(self, directory: Path) -> None:
@@ -139,5 +149,7 @@ class Session:
         """Take everything back from a whole checkpoint. Raises CheckpointError when it does not fit."""
         for network in self.trained:
             state.load_network(network, self.optimizers[network.name], directory)
-        for name in state.load_plugins(self.run.plugins, directory):
+        groups = [group for network in self.trained if network.adapter for group in network.adapter.groups]
+        trained = {name: each for group in groups for name, each in group.parameters.items()}
+        for name in state.load_plugins(self.run.plugins, directory, trained):
             self.run.log.warning("the checkpoint holds state of plugin %r, which is not loaded", name)

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tuner import sharded
 from tuner.errors import CheckpointError
 from tuner.model import Network
 from tuner.plugin import AnyPlugin
 from tuner.run import log
-from tuner.sharded import cut_like, gathered
 from tuner.train import optimizers
 from tuner.train.subclasses import put_together, taken_apart
 
@@ -64,21 +64,26 @@ class Contents:
         return Contents(tensors, json.loads(json.dumps(self.numbers)))
 
 
-def of_network(network: Network, optimizer: torch.optim.Optimizer) -> dict[str, Contents]:
-    """The trained tensors and the optimizer state of ``network``, by name of the file; views of them."""
+def of_network(
+    network: Network, optimizer: torch.optim.Optimizer, parts: dict[str, Tensor] | None = None
+) -> dict[str, Contents]:
+    """The trained tensors and the optimizer state of ``network``, by name of the file; views of them.
+
+    ``parts`` gets those that are spread over the processes; without it they are put together.
+    """
     assert network.adapter is not None
+    trained, stepped = adapter_file(network.name), optimizer_file(network.name)
     homes: dict[bool, dict[str, Any]] = {True: {}, False: {KIND: _kind(optimizer)}}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in _flat(values):
-            held = gathered(value) if isinstance(value, Tensor) else value
-            homes[isinstance(value, Tensor)][f"{index}.{name}"] = held
+            homes[isinstance(value, Tensor)][f"{index}.{name}"] = value
     for index, group in enumerate(optimizer.param_groups):
         for name, value in optimizers.evolved(group).items():
             homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
-    plain, recipes = taken_apart(homes[True])
+    plain, recipes = taken_apart(sharded.for_file(stepped, homes[True], parts))
     return {
-        adapter_file(network.name): Contents(network.adapter.state()),
-        optimizer_file(network.name): Contents(plain, {**homes[False], **recipes}),
+        trained: Contents(sharded.for_file(trained, network.adapter.state(), parts)),
+        stepped: Contents(plain, {**homes[False], **recipes}),
     }
 
 
@@ -96,16 +101,19 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
             where=directory,
             remedy="it belongs to another model: choose another output_dir",
         )
-    network.adapter.load(read(path)[0])
+    network.adapter.load({**read(path)[0], **sharded.read(directory, path.name, network.adapter.state().get)})
     tensors, numbers = read(directory / optimizer_file(network.name))
     kind = numbers.pop(KIND, None)
     if kind != _kind(optimizer):
         log.warning("the checkpoint's optimizer is %s, this run's is %s, which starts afresh", kind, _kind(optimizer))
         return
     put_together(tensors, numbers)
+    everything = optimizers.parameters(optimizer)
+    places = {str(place): parameter for place, parameter in enumerate(everything)}
+    parts = sharded.read(directory, optimizer_file(network.name), lambda name: places.get(name.partition(".")[0]))
     state: dict[int, dict[str, Any]] = {}
     groups: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **numbers}.items():
+    for name, value in {**tensors, **parts, **numbers}.items():
         index, _, leaf = name.removeprefix("group.").partition(".")
         values = (groups if name.startswith("group.") else state).setdefault(int(index), {})
         nest, _, inner = leaf.partition(NESTED)
@@ -114,17 +122,16 @@ def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: 
     if groups and max(groups) + 1 != len(current["param_groups"]):
         log.warning("the checkpoint's optimizer has other groups of tensors than this run's, which starts afresh")
         return
-    count = sum(len(group["params"]) for group in current["param_groups"])
-    if state and max(state) >= count:
+    if state and max(state) >= len(everything):
         raise CheckpointError(
-            f"the optimizer state is for {max(state) + 1} tensors, and {count} are trained now",
+            f"the optimizer state is for {max(state) + 1} tensors, and {len(everything)} are trained now",
             where=directory,
             remedy="resume with the adapter settings the run was started with, or choose another output_dir",
         )
-    for place, parameter in enumerate(optimizers.parameters(optimizer)):
+    for place, parameter in enumerate(everything):
         for name, value in state.get(place, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[place][name] = cut_like(value, parameter)
+                state[place][name] = sharded.cut_like(value, parameter)
     merged = [{**group, **groups.get(index, {})} for index, group in enumerate(current["param_groups"])]
     optimizer.load_state_dict({"state": state, "param_groups": merged})
 
@@ -142,24 +149,29 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
-def of_plugins(plugins: Mapping[str, AnyPlugin]) -> dict[str, Contents]:
-    """The state of every plugin that has one, by name of the file."""
+def of_plugins(plugins: Mapping[str, AnyPlugin], parts: dict[str, Tensor] | None) -> dict[str, Contents]:
+    """The state of every plugin that has one, by name of the file; ``parts`` as in :func:`of_network`."""
     contents = {}
     for name, plugin in plugins.items():
         state = plugin.state_dict()
         if state:
-            tensors = {key: gathered(value) for key, value in state.items() if isinstance(value, Tensor)}
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             numbers = {key: value for key, value in state.items() if key not in tensors}
-            contents[plugin_file(name)] = Contents(tensors, numbers)
+            file = plugin_file(name)
+            contents[file] = Contents(sharded.for_file(file, tensors, parts), numbers)
     return contents
 
 
-def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path) -> list[str]:
-    """Give every plugin its state back; the names of plugins whose state nobody loaded are returned."""
+def load_plugins(plugins: Mapping[str, AnyPlugin], directory: Path, trained: Mapping[str, Tensor]) -> list[str]:
+    """Give every plugin its state back; the names of plugins whose state nobody loaded are returned.
+
+    What was spread over the processes comes as the one of ``trained`` is spread whose name ends its own.
+    """
     saved = {path.name.split(".")[1] for path in directory.glob(plugin_file("*"))}
     for name in sorted(saved & set(plugins)):
         tensors, numbers = read(directory / plugin_file(name))
-        plugins[name].load_state_dict({**tensors, **numbers})
+        parts = sharded.read(directory, plugin_file(name), lambda own: trained.get(own.rpartition("/")[2]))
+        plugins[name].load_state_dict({**tensors, **parts, **numbers})
     return sorted(saved - set(plugins))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tuner.builtin.adapter_state import copy_into
 from tuner.files import atomic_path
 from tuner.model import Adapter, Network, ParameterGroup
+from tuner.sharded import gathered
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -54,7 +55,8 @@ def export(network: Network, folder: Path | None) -> list[Path]:
     process calls it for a sharded network; without a folder nothing is written.
     """
     if network.sharding is not None and network.adapter is not None:
-        return _export_gathered(network.module, network.adapter.state(), folder)
+        state = {name: gathered(each) for name, each in network.adapter.state().items()}
+        return _export_gathered(network.module, state, folder)
     if folder is None:
         return []
     save = getattr(network.module, "save_pretrained", None)

@@ -29,6 +29,12 @@ class ShardingConfig(PluginConfig):
         True, "Let go of a block's gathered weights after its forward; false saves messages and takes memory."
     )
     fsdp_cpu_offload: bool = key(False, "Keep the parts in host memory, and the optimizer's work there.")
+    fsdp_state_dict_type: Literal["FULL_STATE_DICT", "SHARDED_STATE_DICT"] = key(
+        "FULL_STATE_DICT",
+        "How checkpoints hold what is spread: put together by the main process, or each process's parts in files of "
+        "its own. Any number of processes can resume either.",
+        effect="files",
+    )
     deepspeed_config: Any = key(None, "Not supported: see `fsdp_enable`.")
 
 
@@ -80,7 +86,11 @@ class ShardingPlugin(Plugin[ShardingConfig]):
                 name="sharding",
                 claims=frozenset({"placement"}),
                 apply=lambda network: shard(
-                    network, run.device, keys.fsdp_reshard_after_forward, cpu_offload=keys.fsdp_cpu_offload
+                    network,
+                    run.device,
+                    keys.fsdp_reshard_after_forward,
+                    cpu_offload=keys.fsdp_cpu_offload,
+                    saves_parts=keys.fsdp_state_dict_type == "SHARDED_STATE_DICT",
                 ),
                 sink=lambda network: HostSink(),
             )

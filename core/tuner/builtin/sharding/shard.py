@@ -19,7 +19,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 
 from tuner.builtin.adapter_state import copy_into
 from tuner.model import Adapter, Network
-from tuner.sharded import gathered
 
 
 class HostSink:
@@ -35,8 +34,9 @@ class HostSink:
 class Shards:
     """The sharded modules of a network (see ``tuner.model.Sharding``)."""
 
-    def __init__(self, modules: Sequence[FSDPModule]) -> None:
+    def __init__(self, modules: Sequence[FSDPModule], saves_parts: bool) -> None:
         self._modules = modules
+        self.saves_parts = saves_parts
 
     def synchronise(self, last: bool) -> None:
         """Send gradients after the last micro-batch of a step only."""
@@ -44,7 +44,9 @@ class Shards:
             module.set_requires_gradient_sync(last, recurse=False)
 
 
-def shard(network: Network, device: torch.device, reshard_after_forward: bool, *, cpu_offload: bool) -> Adapter | None:
+def shard(
+    network: Network, device: torch.device, reshard_after_forward: bool, *, cpu_offload: bool, saves_parts: bool
+) -> Adapter | None:
     """Spread ``network`` over the processes, in place. Returns its adapter over the parameters that came of it."""
     from torch import distributed
 
@@ -62,7 +64,7 @@ def shard(network: Network, device: torch.device, reshard_after_forward: bool, *
     for module in modules:
         module.set_gradient_divide_factor(1.0)  # the loss is scaled by the samples of all processes
         module.set_force_sum_reduction_for_comms(True)
-    network.sharding = Shards(modules)
+    network.sharding = Shards(modules, saves_parts)
     return None if network.adapter is None or not names else _over_parts(network, network.adapter, homes, names)
 
 
@@ -125,6 +127,6 @@ def _over_parts(
     return replace(
         adapter,
         groups=groups,
-        state=lambda: {name: gathered(parameter) for name, parameter in parts.items()},
+        state=lambda: {name: parameter.detach() for name, parameter in parts.items()},
         load=lambda state: copy_into(parts, state, what=what),
     )
