@@ -7,7 +7,7 @@ set by itself, and a kernel for validation is put in for validation only and tak
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ def set_backend(network: Network, backend: AttentionBackend | None) -> None:
     """
     kernel = None if backend is None else _dispatched(backend)
     processors = list(network.attention_processors())
+    if network.sequence is not None:
+        kernel = network.sequence.kernel(kernel)
     if kernel is not None and not processors:
         raise ConfigError(
             f"attention kernel {kernel.value!r} cannot be used: network {network.name!r} has no switchable attention",
@@ -61,11 +63,7 @@ def _dispatched(backend: AttentionBackend) -> AttentionBackendName:
 
 @cache
 def _registered(kernel: Kernel) -> AttentionBackendName:
-    """A name of its own in the dispatcher's table for ``kernel``: nothing that uses another name notices.
-
-    The dispatcher takes members of its enumeration only; this is one that the enumeration itself does not list.
-    """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+    """A name in the dispatcher's table for ``kernel``."""
     from torch.nn.functional import scaled_dot_product_attention
 
     def run(query: Any, key: Any, value: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None) -> Any:
@@ -75,12 +73,23 @@ def _registered(kernel: Kernel) -> AttentionBackendName:
         exact = scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
         return exact.transpose(1, 2)
 
-    name = f"tuner:{kernel.__module__}.{kernel.__qualname__}"
+    return register(f"{kernel.__module__}.{kernel.__qualname__}", run, ["attn_mask", "is_causal", "scale"])
+
+
+def register(name: str, run: Callable[..., Any], arguments: Iterable[str]) -> AttentionBackendName:
+    """A name of its own in the dispatcher's table for ``run``: nothing that uses another name notices.
+
+    The dispatcher takes members of its enumeration only; this is one that the enumeration itself does not list.
+    ``run`` gets query, key and value, and of the dispatcher's other ``arguments`` those that are named.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name = f"tuner:{name}"
     member = str.__new__(AttentionBackendName, name)
     member._name_ = member._value_ = name
     registry: Any = _AttentionBackendRegistry
     registry._backends[member], registry._constraints[member] = run, []
-    registry._supported_arg_names[member] = {"query", "key", "value", "attn_mask", "is_causal", "scale"}
+    registry._supported_arg_names[member] = {"query", "key", "value", *arguments}
     return member
 
 

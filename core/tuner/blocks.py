@@ -114,6 +114,19 @@ class Residency(Protocol):
         """The forward is over (``differentiated`` False), or its backward is (True): release what is held."""
 
 
+class SequenceParallel(Protocol):
+    """Processes that run the blocks over a part of every sample's tokens each."""
+
+    def split(self, stream: Stream) -> Stream:
+        """The part of the stream that this process runs."""
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The tokens (B, S, D) of all processes, from those of this one."""
+
+    def kernel(self, name: Any) -> Any:
+        """The attention of the dispatcher that runs its kernel ``name`` over the tokens of all processes."""
+
+
 FULL = Checkpointing()
 
 
@@ -126,6 +139,7 @@ class StepContext:
     """How activations are kept for backward: True recomputes every block, False and None keep everything."""
     skip: frozenset[int] = frozenset()
     residency: Residency | None = None
+    sequence: SequenceParallel | None = None
     keep_at_least: int = 0
     positions: tuple[int, ...] = ()
     forced: Tensor | None = None
@@ -198,7 +212,14 @@ def _driven_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not trampoline.enabled:
         return type(self).forward(self, *args, **kwargs)
     stack, context, training = trampoline.stack, trampoline.context, self.training
-    return stack.forward(lambda stream: run_stack(stack, stream, context, training=training), *args, **kwargs)
+
+    def drive(stream: Stream) -> Stream:
+        if context.sequence is None:
+            return run_stack(stack, stream, context, training=training)
+        part = run_stack(stack, context.sequence.split(stream), context, training=training)
+        return replace(stream, tokens=context.sequence.gather(part.tokens), shared=part.shared)
+
+    return stack.forward(drive, *args, **kwargs)
 
 
 def run_stack(stack: BlockStack, stream: Stream, context: StepContext, *, training: bool = True) -> Stream:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tuner.blocks import BlockStack, Residency, StepContext, Trampoline
+from tuner.blocks import BlockStack, Residency, SequenceParallel, StepContext, Trampoline
 from tuner.checkpointing import Checkpointing
 from tuner.errors import PluginError
 from tuner.spec import ModelSpec, NetworkSpec
@@ -128,6 +128,8 @@ class Network:
     residency: Residency | None = None
     sharding: Sharding | None = None
     """Where each process holds a part of the parameters; None where all hold them whole."""
+    sequence: SequenceParallel | None = None
+    """Where processes share each sample, and each runs the blocks over a part of its tokens."""
     checkpointing: Checkpointing | None = None
     """Another policy than keeping the blocks' inputs, where a transform put one."""
     adapter: Adapter | None = None
@@ -162,7 +164,7 @@ class Network:
         with torch.no_grad():
             try:
                 self.module.eval()
-                self.trampoline.context = StepContext(residency=self.residency)
+                self.trampoline.context = StepContext(residency=self.residency, sequence=self.sequence)
                 yield
             finally:
                 self.trampoline.context = context

@@ -64,7 +64,7 @@ def survey(assembly: Assembly) -> Survey:
     run.trained_shape = most_frequent_shape(prepared)
     wanted = hook.extra_samples(run=run, spec=spec, data=prepared)
     prepared = replace(prepared, extra=tuple(sample for answer in wanted for sample in answer))
-    plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=run.process_count)
+    plan: Order = hook.plan_epochs(run=run, spec=spec, data=prepared, processes=run.replica_count)
     run.total_steps = schedules.total_steps(run.config, plan)
     hook.data_ready(run=run, spec=spec, data=prepared, plan=plan)
     return Survey(run, spec, prepared, plan, run.total_steps)
@@ -175,7 +175,7 @@ def _encode(assembly: Assembly, found: Survey, model: Model, *, verify: bool = F
     if cached.prepared is not found.prepared:
         with processes.together():
             left = {"run": found.run, "spec": found.spec, "data": cached.prepared}
-            plan = hook.plan_epochs(**left, processes=found.run.process_count)
+            plan = hook.plan_epochs(**left, processes=found.run.replica_count)
             hook.data_ready(**left, plan=plan)
         return cached, plan
     return cached, found.plan
@@ -205,8 +205,8 @@ def _train(
     loader = Loader(
         cached,
         plan,
-        rank=run.process_index,
-        world=run.process_count,
+        rank=run.replica_index,
+        world=run.replica_count,
         seed=run.config.seed,
         caption_dropout=run.config.caption_dropout_probability,
     )

@@ -87,6 +87,21 @@ class Run:
         return self.process_index == 0
 
     @property
+    def sharing(self) -> int:
+        """Processes that share each sample (``context_parallel_size``)."""
+        return 1 if self.process_count == 1 else self.config.context_parallel_size
+
+    @property
+    def replica_index(self) -> int:
+        """Which share of the micro-batches this process does, of ``replica_count``."""
+        return self.process_index // self.sharing
+
+    @property
+    def replica_count(self) -> int:
+        """How many ways the micro-batches are divided: the processes, or the groups of them that share samples."""
+        return self.process_count // self.sharing
+
+    @property
     def device(self) -> torch.device:
         """The device of this process."""
         if self._device is None:

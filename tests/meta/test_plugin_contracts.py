@@ -35,6 +35,10 @@ class TestChunkedFeedForward(PluginContract):
     legacy_keys = frozenset({"enable_chunked_feed_forward", "feed_forward_chunk_size"})
 
 
+class TestContextParallel(PluginContract):
+    plugin = "context_parallel"
+
+
 class TestDataReport(PluginContract):
     plugin = "data_report"
 

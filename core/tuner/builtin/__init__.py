@@ -3,6 +3,7 @@
 BUILTINS = {
     "adapter_formats": "tuner.builtin.adapter_formats:AdapterFormatsPlugin",
     "checkpointing": "tuner.builtin.checkpointing:CheckpointingPlugin",
+    "context_parallel": "tuner.builtin.context_parallel:ContextParallelPlugin",
     "data_report": "tuner.builtin.data_report:DataReportPlugin",
     "datasets": "tuner.builtin.datasets:DatasetsPlugin",
     "ema": "tuner.builtin.ema:EmaPlugin",

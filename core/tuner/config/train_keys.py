@@ -20,6 +20,9 @@ class TrainKeys(PluginConfig):
     )
     train_batch_size: int = key(1, "Samples per micro-batch and process.", ge=1)
     gradient_accumulation_steps: int = key(1, "Micro-batches per optimizer step and process.", ge=1)
+    context_parallel_size: int = key(
+        1, "Processes that share each sample, each with a part of its tokens: for videos too long for one GPU.", ge=1
+    )
     optimizer: str = key("adamw", "Optimizer, such as `adamw`, `optimi-lion`, `bnb-adamw8bit`: see the docs.")
     optimizer_config: dict[str, Any] = key({}, 'Options passed to the optimizer, such as `{"weight_decay": 0.01}`.')
     learning_rate: float = key(1e-4, "Base learning rate.", gt=0)

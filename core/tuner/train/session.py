@@ -115,6 +115,7 @@ class Session:
             router=(lambda request: hook(run=self.run, request=request) or ()) if hook.get_hookimpls() else None,
             checkpointing=network.checkpointing or full,
             residency=network.residency,
+            sequence=network.sequence,
             keep_at_least=batch.keep_at_least,
             positions=batch.positions,
             forced=batch.forced,

@@ -62,7 +62,7 @@ def train_step(session: Session) -> StepResult:
             loss = _loss(session, batch, slot)
         metrics.update(loss.metrics)
         # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
-        scaled = loss.per_sample.sum() / samples if counts else loss.per_sample.sum() * 0
+        scaled = loss.per_sample.sum() / (samples * run.sharing) if counts else loss.per_sample.sum() * 0
         session.stepping = release is not None
         with session.timed("backward"):
             if release is None or math.isfinite(scaled.item()):
@@ -99,7 +99,7 @@ def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple
 
     Where the forward of a sharded network needs every process, all do as many: one more that counts nothing.
     """
-    index, count = session.run.process_index, session.run.process_count
+    index, count = session.run.replica_index, session.run.replica_count
     slots = [(slot, True) for slot in range(index, micro_batches, count)]
     if network.sharding is not None and len(slots) < -(-micro_batches // count):
         slots.append((index % micro_batches, False))

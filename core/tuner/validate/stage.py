@@ -72,7 +72,7 @@ def untouched(model: Model, device: torch.device) -> Iterator[None]:
         try:
             for network, _, _ in before:
                 network.module.eval()
-                network.trampoline.context = StepContext(residency=network.residency)
+                network.trampoline.context = StepContext(residency=network.residency, sequence=network.sequence)
             yield
         finally:
             for network, context, modes in before:

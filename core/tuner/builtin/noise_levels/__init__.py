@@ -44,7 +44,8 @@ class NoiseLevelsPlugin(Plugin[NoiseLevelsConfig]):
     def compute_loss(self, run: Run, batch: Batch) -> Generator[None, Loss, Loss]:
         """Count the samples of a micro-batch; nothing is read from the device."""
         loss = yield
-        self._counted().add(batch.sigmas, loss.per_sample)
+        if run.process_index % run.sharing == 0:  # of processes that share a sample, one counts it
+            self._counted().add(batch.sigmas, loss.per_sample)
         return loss
 
     @hookimpl

@@ -161,7 +161,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         from tuner.builtin.planner.beside import Beside
 
         assert run.estimate is not None
-        batches = plan.micro_batches(run.step)[run.process_index :: run.process_count]
+        batches = plan.micro_batches(run.step)[run.replica_index :: run.replica_count]
         workloads = [run.estimate(network, batch.bucket, len(batch.samples)) for batch in batches]
         return Beside(run.device, workloads, first=run.step == 0)
 
@@ -173,7 +173,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
 
         assert self._plan is not None
         assert run.estimate is not None
-        batches = self._plan.micro_batches(run.step - 1)[run.process_index :: run.process_count]
+        batches = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
         estimated = [run.estimate(network, batch.bucket, len(batch.samples)) for batch in batches]
         return [as_routed(replace(each, micro_batches=1), dropped) for each in estimated]
 

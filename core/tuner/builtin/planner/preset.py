@@ -169,6 +169,6 @@ def shapes_of(run: Run, named: Sequence[Shape] | None) -> tuple[Sequence[Shape],
         plain, hook = new_run(assembly), assembly.manager.hook
         spec = pipeline.describe(plain, assembly.manager)
         data = hook.prepare_data(run=plain, spec=spec)
-        plan = hook.plan_epochs(run=plain, spec=spec, data=data, processes=run.process_count)
+        plan = hook.plan_epochs(run=plain, spec=spec, data=data, processes=run.replica_count)
         shapes = costs.shapes_of(plan, schedules.total_steps(plain.config, plan))
     return shapes, pipeline.most_frequent_shape(data)

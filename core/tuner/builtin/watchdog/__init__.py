@@ -48,7 +48,7 @@ class WatchdogPlugin(Plugin[WatchdogConfig]):
         self._spent.update(stages)
         if self._plan is None or not self.config.watchdog_factor:
             return
-        mine = self._plan.micro_batches(run.step - 1)[run.process_index :: run.process_count]
+        mine = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
         shapes = tuple(sorted((each.bucket, len(each.samples)) for each in mine))
         for line in self._pace.after((model.active, shapes), run.step, stages):
             run.log.warning("%s%s", "" if run.process_count == 1 else f"process {run.process_index}: ", line)
