@@ -161,6 +161,10 @@ class TestQuanto(PluginContract):
     plugin = "quanto"
 
 
+class TestReport(PluginContract):
+    plugin = "report"
+
+
 class TestSavePoints(PluginContract):
     plugin = "save_points"
     legacy_keys = frozenset({"checkpoint_epoch_interval", "checkpoint_minutes_interval"})

@@ -19,6 +19,7 @@ BUILTINS = {
     "pending": "tuner.builtin.pending:PendingPlugin",
     "planner": "tuner.builtin.planner:PlannerPlugin",
     "prior_preservation": "tuner.builtin.prior:PriorPreservationPlugin",
+    "report": "tuner.builtin.report:ReportPlugin",
     "sampling": "tuner.builtin.sampling:SamplingPlugin",
     "save_points": "tuner.builtin.save_points:SavePointsPlugin",
     "sharding": "tuner.builtin.sharding:ShardingPlugin",

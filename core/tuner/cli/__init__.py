@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from tuner import processes
-from tuner.cli import cache, check, convert, extract, inspect, launch, merge, plan, plugins, run
+from tuner.cli import cache, check, convert, extract, inspect, launch, merge, plan, plugins, report_command, run
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("extract")(extract.extract)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report_command.report)
 app.add_typer(plugins.app, name="plugins")
 
 
