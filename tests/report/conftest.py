@@ -9,14 +9,20 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tuner import pipeline
+from tuner.assembly import assemble
 from tuner.builtin.sampling.media import write_mp4, write_png
+from tuner.testing.clips import render_clip
+from tuner.testing.plugin_env import importable, toy_distribution
+from tuner.testing.toy import build_toy
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 STEPS = 3000
@@ -132,7 +138,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a long run with two prompts, average weights, held-out loss, and names that would break out."""
+    """A long run: two prompts, average weights, held-out loss, and names that would break out of a page."""
     folder = tmp_path_factory.mktemp("runs") / "my <b>run"
     folder.mkdir()
     lines = []
@@ -158,3 +164,48 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (place / "validation.json").write_text(json.dumps({"step": step, "prompts": prompts}), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a toy model and clips; the plugin ``toy`` can be found."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reported")
+    build_toy(folder / "model")
+    for index in range(2):
+        render_clip(folder / "clips" / f"clip {index}.mp4", width=96, height=64, frames=9, fps=16, seed=index)
+    with importable(toy_distribution(folder / "site")):
+        yield folder
+
+
+@pytest.fixture
+def run(workplace: Path) -> Callable[..., Path]:
+    """Runs a config over the toy model and returns its output folder."""
+
+    def go(output: Path, without: tuple[str, ...] = (), **keys: Any) -> Path:
+        video = {
+            "id": "clips",
+            "dataset_type": "video",
+            "instance_data_dir": str(workplace / "clips"),
+            "caption_strategy": "filename",
+            "resolution": 64,
+            "resolution_type": "pixel_area",
+            "video": {"num_frames": 9},
+        }
+        settings = {
+            "model_family": "toy",
+            "pretrained_model_name_or_path": str(workplace / "model"),
+            "output_dir": str(output),
+            "cache_dir": str(workplace / "cache"),
+            "mixed_precision": "no",
+            "max_train_steps": 4,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "lora_rank": 4,
+            "data_backend_config": [video, {"id": "text", "dataset_type": "text_embeds", "default": True}],
+            **keys,
+        }
+        pipeline.run(assemble(settings, without=list(without)))
+        return output
+
+    return go

@@ -64,7 +64,7 @@ function smoothed(values, keep) {
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((each) => each * power).find((each) => each >= rough);
   const found = [];
   for (let at = Math.ceil(low / step) * step; at <= high + step * 1e-9; at += step) found.push(at);
   return found;
@@ -89,7 +89,7 @@ function chart(into, key, members) {
   let [first, last] = extreme(all(({ curve }) => [curve.step[0], curve.step[curve.step.length - 1]]));
   let [low, high] = extreme(all(({ curve, line }) => [...line, ...(members.length === 1 ? curve.mean : [])]));
   if (first === last) { first -= 1; last += 1; }
-  if (low === high) { const room = Math.abs(low) / 10 || 1; low -= room; high += room; }
+  if (high - low <= 1e-5 * Math.max(Math.abs(low), Math.abs(high))) { const room = Math.abs(low) / 10 || 1; low -= room; high += room; }
   const x = (step) => left + ((step - first) / (last - first)) * (width - left - 6);
   const y = (value) => top + (1 - (value - low) / (high - low)) * (height - bottom - top);
   const inside = (value) => y(Math.min(high, Math.max(low, value)));
@@ -114,22 +114,22 @@ function chart(into, key, members) {
     svg.append(shape("path", { class: "smooth", d: path(xs, line.map(y)), style: `stroke:${colour}` }));
     if (xs.length < 40) xs.forEach((at, index) => svg.append(shape("circle", { cx: at, cy: y(line[index]), r: 2.2, style: `fill:${colour}` })));
   }
-  const cursor = shape("line", { class: "grid", y1: top, y2: height - bottom, x1: -9, x2: -9 });
+  const cursor = shape("line", { class: "grid", y1: top, y2: height - bottom, visibility: "hidden" });
   svg.append(cursor);
   const legend = node("div", { class: "legend" });
   const told = (step) => legend.replaceChildren(...(step === null ? [] : [node("span", {}, `step ${step}`)]), ...series.map((each) => {
     const at = step === null ? each.curve.step.length - 1 : nearest(each.curve.step, step);
     const swatch = node("i", { style: `background:${each.colour}` });
-    return node("span", {}, swatch, `${members.length > 1 ? each.label + " " : ""}${number(each.curve.mean[at], key)}`);
+    return node("span", {}, swatch, `${members.length > 1 || each.label !== "trained" ? each.label + " " : ""}${number(each.curve.mean[at], key)}`);
   }));
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
     const wanted = first + (((event.clientX - box.left) * width) / box.width - left) * (last - first) / (width - left - 6);
     const steps = series[0].curve.step, step = steps[nearest(steps, wanted)];
-    cursor.setAttribute("x1", x(step)); cursor.setAttribute("x2", x(step));
+    cursor.setAttribute("x1", x(step)); cursor.setAttribute("x2", x(step)); cursor.setAttribute("visibility", "visible");
     told(step);
   });
-  svg.addEventListener("pointerleave", () => { cursor.setAttribute("x1", -9); cursor.setAttribute("x2", -9); told(null); });
+  svg.addEventListener("pointerleave", () => { cursor.setAttribute("visibility", "hidden"); told(null); });
   told(null);
   figure.append(svg, legend);
 }
