@@ -42,8 +42,13 @@ class Browser:
         start = f'exec "$0" "$@" 3<&{theirs} 4>&{answers}'
         assert CHROMIUM
         arguments = [CHROMIUM, *flags.split(), "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(["bash", "-c", start, *arguments], pass_fds=(theirs, answers), **quiet)
+        self._process = subprocess.Popen(
+            ["bash", "-c", start, *arguments],
+            pass_fds=(theirs, answers),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs)
         os.close(answers)
         self._session: str | None = None

@@ -89,6 +89,18 @@ def test_a_run_without_the_plugin_can_be_reported_afterwards(run: Run, tmp_path:
     assert len(data["media"]["rows"][0]["cells"]) == 2
 
 
+def test_a_report_that_cannot_be_written_is_said_and_training_goes_on(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "report").write_text("mine", encoding="utf-8")
+    run(output)
+    assert (output / "report").read_text(encoding="utf-8") == "mine"
+    assert len(timeless_lines(output)) == 4
+    assert any("no report is kept" in message for message in caplog.messages)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["report", str(tmp_path)])
     assert isinstance(answer.exception, ConfigError)
@@ -153,7 +165,7 @@ def test_pages_are_written_seldom_and_never_take_more_than_a_share(
         now += took
 
     monkeypatch.setattr(page, "write", write)
-    monkeypatch.setattr(reporter.time, "monotonic", lambda: now)
+    monkeypatch.setattr("tuner.builtin.report.reporter.monotonic", lambda: now)
     followed = reporter.Reporter(FakeRun(tmp_path), None)  # type: ignore[arg-type]
     for took in (0.0, 2.0):
         written.clear()

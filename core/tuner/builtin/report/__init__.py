@@ -55,7 +55,12 @@ class ReportPlugin(Plugin[PluginConfig]):
             return
         from tuner.builtin.report.reporter import Reporter
 
-        reporter = Reporter(run, self._resumed)
+        try:
+            reporter = Reporter(run, self._resumed)
+        except OSError as error:
+            run.log.warning("no report is kept of this run: %s", error)
+            return
+        run.log.info("report: %s", reporter.path)
         self._reporter = reporter
         self._handler = Warnings(reporter.warning)
         run.log.addHandler(self._handler)

@@ -212,7 +212,7 @@ function drawSheets() {
 
 function drawFacts() {
   const { facts, latest } = data, total = facts.total_steps, step = latest.step || 0;
-  $("state").textContent = [data.state, facts.model && facts.model.flavour, `written ${moment(data.written)}`].filter(Boolean).join(" · ");
+  $("state").textContent = [data.state, facts.model && facts.model.flavour, data.log_written && `last line of the log ${moment(data.log_written)}`, `page of ${moment(data.written)}`].filter(Boolean).join(" · ");
   const left = data.state === "running" && total && step && data.curves.seconds ? duration(data.curves.seconds.mean.slice(-50).reduce((sum, each, _, of) => sum + each / of.length, 0) * (total - step)) : null;
   const shown = [["step", total ? `${step} of ${total}` : `${step}`], ["epoch", latest.epoch], ["loss", latest.loss], ["learning rate", latest.learning_rate],
     ["held-out loss", (data.curves["evaluation/loss"] || { mean: [] }).mean.slice(-1)[0]], ["samples per second", latest["metrics/samples_per_second"]],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from tuner import __version__
 from tuner.builtin.report import page
-from tuner.builtin.report.diary import Diary, write_facts
+from tuner.builtin.report.diary import FOLDER, Diary, write_facts
 from tuner.builtin.report.story import Story
 from tuner.errors import Stopped
 from tuner.train.checkpoint import without_secrets
@@ -42,10 +42,15 @@ class Reporter:
                 self.warning(line)
         self._write()
 
+    @property
+    def path(self) -> Path:
+        """The page."""
+        return self._story.output_dir / FOLDER / page.NAME
+
     def line(self, line: Mapping[str, Any]) -> None:
         """Take a line of the log, and write the page if it is time."""
         self._story.curves.add(line)
-        if time.monotonic() >= self._next:
+        if monotonic() >= self._next:
             self._write()
 
     def event(self, kind: str, text: str, **more: Any) -> None:
@@ -77,9 +82,9 @@ class Reporter:
         self._write()
 
     def _write(self) -> None:
-        began = time.monotonic()
+        began = monotonic()
         page.write(self._story)
-        now = time.monotonic()
+        now = monotonic()
         self._next = now + max(EVERY, (now - began) / SHARE)
 
 

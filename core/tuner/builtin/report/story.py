@@ -40,7 +40,8 @@ class Story:
         story = cls(output_dir)
         story.facts = read_facts(output_dir)
         for line in read_lines(output_dir / LOG):
-            if up_to is None or line.get("step", 0) <= up_to:
+            step = line.get("step")
+            if up_to is None or (finite(step) and step <= up_to):  # type: ignore[operator]
                 story.curves.add(line)
         story.media.scan()
         for event in newest(read_events(output_dir), MOST_EVENTS):
@@ -66,6 +67,7 @@ class Story:
             "name": self.output_dir.resolve().name,
             "written": round(time.time(), 1),
             "state": self.state,
+            "log_written": _changed(self.output_dir / LOG),
             "facts": self.facts,
             "latest": {name: value for name, value in self.curves.latest.items() if finite(value)},
             "seconds": round(self.curves.seconds, 1),
@@ -75,3 +77,11 @@ class Story:
             "events": self.events,
             "data_report": f"../{DATA_REPORT}" if (self.output_dir / DATA_REPORT).is_file() else None,
         }
+
+
+def _changed(path: Path) -> float | None:
+    """When a file was last written, in seconds since 1970; None where there is none."""
+    try:
+        return round(path.stat().st_mtime, 1)
+    except OSError:
+        return None
