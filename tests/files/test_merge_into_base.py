@@ -67,6 +67,20 @@ class TestIntoBase:
         before, after = bytes_of(base), bytes_of(tmp_path / "merged")
         assert {name for name in before if before[name] != after[name]} == {"diffusion_pytorch_model.safetensors"}
 
+    def test_files_of_different_experts_are_said_to_be(self, t2v, matrices, written, lora, tmp_path, run):
+        shapes = matrices(t2v, ["attn1.to_q"])
+        files = []
+        for name in ("transformer", "transformer_2"):
+            file = written(lora(shapes), t2v, **{"tuner.network": name})
+            files.append(file.rename(tmp_path / f"{name}.safetensors"))
+        line = "note: these are for different networks: transformer_2.safetensors for transformer_2; merged into transf"
+        assert line in run("merge", files[1], "--into", t2v, "-o", tmp_path / "merged").replace("\n", " ")
+        assert "different networks" not in run("merge", files[0], "--into", t2v, "-o", tmp_path / "other")
+        both = run("merge", *files, "--model", t2v, "-o", tmp_path / "both.safetensors").replace("\n", " ")
+        assert "transformer.safetensors for transformer, transformer_2.safetensors for transformer_2" in both
+        alike = run("merge", files[0], files[0], "--model", t2v, "-o", tmp_path / "alike.safetensors")
+        assert "different networks" not in alike
+
     def test_the_expert_that_the_file_is_for(self, experts, written, lora, tmp_path, run):
         shapes = {
             module: shape for module, shape in models.targets(experts)[1].shapes.items() if "attn1.to_q" in module

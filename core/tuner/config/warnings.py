@@ -1,4 +1,4 @@
-"""What will not happen although the config says so: features to come."""
+"""What will not happen although the config says so: features to come, and features that are off."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def pending(configs: Mapping[str, PluginConfig], explicit: Collection[str]) -> I
                 reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
         yield f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect yet: {reason}"
+
+
+def unused(config: PluginConfig, why: str, prefix: str = "") -> Iterator[str]:
+    """One line for the keys of ``config`` that begin with ``prefix`` and are set away from their default, but unused.
+
+    Arguments
+        why: what makes them do nothing, such as "use_ema is false".
+    """
+    fields = type(config).model_fields
+    keys = [key for key in sorted(config.model_fields_set) if key.startswith(prefix)]
+    idle = [key for key in keys if getattr(config, key) != fields[key].get_default(call_default_factory=True)]
+    if idle:
+        yield f"{', '.join(idle)} {'does' if len(idle) == 1 else 'do'} nothing: {why}"

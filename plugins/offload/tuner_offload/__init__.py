@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from tuner.config.warnings import unused
 from tuner.errors import ConfigError, ConfigErrors
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
@@ -84,6 +85,11 @@ class OffloadPlugin(Plugin[OffloadConfig]):
         """Only when an offload is switched on."""
         config = self.config
         return config.enable_group_offload or config.enable_model_cpu_offload or config.text_encoder_offload
+
+    def warnings(self, core: CoreConfig) -> Iterable[str]:
+        """Settings of a group offload that is off."""
+        if not self.config.enable_group_offload:
+            yield from unused(self.config, "enable_group_offload is false", "group_offload_")
 
     @hookimpl
     def configure(self, run: Run) -> None:

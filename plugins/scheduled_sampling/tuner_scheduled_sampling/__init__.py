@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Literal
 
 from tuner import Plugin, PluginConfig, hookimpl, key
+from tuner.config.warnings import unused
 from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +48,11 @@ class ScheduledSamplingPlugin(Plugin[ScheduledSamplingConfig]):
     def is_active(self, core: CoreConfig) -> bool:
         """Whether anything is rolled out."""
         return self.config.scheduled_sampling_max_step_offset > 0
+
+    def warnings(self, core: CoreConfig) -> Iterable[str]:
+        """Settings of rollouts that are off."""
+        if not self.is_active(core):
+            yield from unused(self.config, "scheduled_sampling_max_step_offset is 0")
 
     @hookimpl
     def configure(self, run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def combine(
         file, errors = limited(file, target.shapes, rank, progress)
     named = " + ".join(f"{weight:g} x {path.name}" for path, (_, weight) in zip(sources, weighted, strict=True))
     file = replace(file, metadata=_shared(weighted) | {"tuner.merged": named})
-    notes = tuple(dict.fromkeys(note for each, _ in weighted for note in each.notes))
+    notes = (*dict.fromkeys(note for each, _ in weighted for note in each.notes), *mixed(sources))
     return replace(write(file, target, to, out), errors=errors, notes=notes)
 
 
@@ -64,6 +64,18 @@ def read_all(
             break
     read = [models.fitting(each, said, [target], path)[1] for path, each, said in loaded]
     return target, list(zip(read, weights or [1.0] * len(read), strict=True))
+
+
+def mixed(sources: Sequence[Path], network: str | None = None) -> Iterator[str]:
+    """A line where files say that they are for different networks, or for another than ``network``.
+
+    Two experts have weights of the same shapes, so that nothing else tells them apart.
+    """
+    said = {path: str(load(path)[1].get("tuner.network") or "") for path in sources}
+    networks = {each for each in (*said.values(), network) if each}
+    if len(networks) > 1:
+        files = ", ".join(f"{path.name} for {each}" for path, each in said.items() if each)
+        yield f"these are for different networks: {files}" + (f"; merged into {network}" if network else "")
 
 
 def stacked(weighted: Weighted, shapes: Shapes, *, whole: bool) -> AdapterFile:

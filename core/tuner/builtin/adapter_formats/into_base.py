@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tuner.builtin.adapter_file import AdapterFile, load
 from tuner.builtin.adapter_formats import models
-from tuner.builtin.adapter_formats.combine import Weighted, read_all
+from tuner.builtin.adapter_formats.combine import Weighted, mixed, read_all
 from tuner.builtin.adapter_formats.compress import Errors
 from tuner.errors import CheckpointError, ConfigError, ModelError
 from tuner.files import TEMPORARY, atomic_path, sync_file, sync_folder
@@ -68,7 +68,7 @@ def merge(
             inside = temporary if base.is_file() else temporary / file.relative_to(base)
             changed += _patch(inside, chosen, file, weighted, rounding, progress)
             sync_file(inside)
-    notes = tuple(dict.fromkeys(note for each, _ in weighted for note in each.notes))
+    notes = (*dict.fromkeys(note for each, _ in weighted for note in each.notes), *mixed(sources, chosen.network))
     return Merged(out, changed, chosen.network, rounding, notes)
 
 

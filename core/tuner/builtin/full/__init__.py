@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.config.warnings import unused
 from tuner.errors import ConfigError
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig
@@ -34,6 +35,9 @@ class FullPlugin(Plugin[PluginConfig]):
                 f"base_model_precision {core.base_model_precision!r} cannot be trained: model_type is 'full'",
                 remedy="leave base_model_precision out, or train a LoRA (model_type: lora)",
             )
+        lora = run.plugins.get("lora")
+        for line in unused(lora.config, "model_type is full") if lora is not None else ():
+            run.log.warning("%s", line)
         if core.mixed_precision == "bf16" and core.base_model_default_dtype != "fp32":
             run.log.warning(
                 "model_type full trains bf16 weights in place, where small updates round to nothing; "
