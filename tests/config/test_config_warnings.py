@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 
+from tuner.assembly import assemble
 from tuner.builtin.pending import PendingPlugin
 from tuner.builtin.pending.keys import PendingKeys
 from tuner.config import warnings
@@ -38,3 +42,32 @@ def test_a_missing_login_is_told_with_the_command_that_mends_it(monkeypatch: pyt
 def test_nothing_is_said_where_nothing_is_asked() -> None:
     assert list(plugin().warnings(CoreConfig())) == []
     assert list(warnings.pending({"core": CoreConfig()}, ())) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (
+            {"group_offload_blocks_per_group": 3, "group_offload_use_stream": True},
+            "group_offload_blocks_per_group, group_offload_use_stream do nothing: enable_group_offload is false",
+        ),
+        (
+            {"scheduled_sampling_strategy": "biased_late"},
+            "scheduled_sampling_strategy does nothing: scheduled_sampling_max_step_offset is 0",
+        ),
+        ({"lr_power": 2}, "lr_power does nothing: lr_scheduler is constant_with_warmup"),
+        ({"model_type": "full", "lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout, lora_rank do nothing: "),
+    ],
+)
+def test_settings_of_what_is_off_are_told(keys: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="tuner"):
+        told = [*assemble({"model_family": "wan", **keys}).warnings, *caplog.messages]
+    assert len([each for each in told if each.startswith(line)]) == 1
+
+
+def test_settings_that_ask_for_nothing_or_are_used_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    idle = {"group_offload_blocks_per_group": 1, "fsdp_enable": False, "fsdp_version": 2}
+    used = {"lr_scheduler": "polynomial", "lr_power": 2, "enable_chunked_feed_forward": False}
+    with caplog.at_level(logging.WARNING, logger="tuner"):
+        told = assemble({"model_family": "wan", **idle, **used}).warnings
+    assert not [each for each in [*told, *caplog.messages] if "do nothing:" in each or "does nothing:" in each]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import cos, pi
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tuner.config.warnings import unused
 from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
 from tuner.train.optimizers import OptimizerChoice
@@ -60,6 +61,8 @@ STATES = {"adam": 2, "adamw": 2, "ademamix": 3}
 """Moments that they keep; one where they are not named."""
 EIGHT_BITS = 1.02
 """Bytes of a moment in 8 bits, its scales included."""
+RESTARTED = ("cosine_with_restarts", "sine")
+"""Curves that read ``lr_num_cycles``."""
 LEARNS_ITS_RATE = frozenset({"prodigy"})
 BETAS = (0.9, 0.999)
 FLOAT32_STATE = frozenset({"bitsandbytes", "torchao"})
@@ -104,6 +107,10 @@ class OptimizersPlugin(Plugin[OptimizersConfig]):
     def configure(self, run: Run) -> None:
         """Say so where the learning rate cannot be meant for an optimizer that finds its own."""
         core = run.config
+        for name, curves in (("lr_num_cycles", RESTARTED), ("lr_power", ("polynomial",))):
+            for line in unused(self.config, f"lr_scheduler is {core.lr_scheduler}", name):
+                if core.lr_scheduler not in curves:
+                    run.log.warning("%s", line)
         if core.optimizer in LEARNS_ITS_RATE and core.learning_rate < 0.1:
             run.log.warning(
                 "optimizer %r finds its own learning rate and multiplies it by learning_rate, which is %g: 1 is usual",
