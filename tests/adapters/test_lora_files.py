@@ -15,6 +15,7 @@ from tuner import rng
 from tuner.builtin import adapter_file
 from tuner.builtin.lora import LoraConfig, LoraPlugin
 from tuner.builtin.lora import files as lora_files
+from tuner.builtin.lora.names import Targets
 from tuner.errors import CheckpointError, ConfigError
 from tuner.model import Stage
 
@@ -237,14 +238,12 @@ def test_an_unknown_target_is_refused_before_weights_are_read(make_run, make_net
         plugin.model_transforms(make_run(), make_model(make_network()))
 
 
-@pytest.mark.parametrize(
-    ("value", "words"), [("pissa_niter_4", "is not offered yet"), ("gausian", "did you mean 'gaussian'")]
-)
+@pytest.mark.parametrize(("value", "words"), [("loftq", "is not offered"), ("gausian", "did you mean 'gaussian'")])
 def test_other_initialisations_are_refused(make_run, value, words):
     with pytest.raises(ConfigError, match=words):
         LoraPlugin("lora", LoraConfig(lora_init_type=value)).configure(make_run())
 
 
 def test_alpha_follows_the_rank_unless_set():
-    assert LoraPlugin("lora", LoraConfig(lora_rank=8)).alpha == 8
-    assert LoraPlugin("lora", LoraConfig(lora_rank=8, lora_alpha=1)).alpha == 1
+    assert Targets(("to_q",), 8).among(["to_q"], ()) == {"to_q": (8, 8.0)}
+    assert Targets(("to_q",), 8, 1).among(["to_q"], ()) == {"to_q": (8, 1.0)}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tuner.builtin.adapter_file import AdapterFile, low_rank, save
+from tuner.builtin.adapter_file import AdapterFile, Update, low_rank, save
 from tuner.builtin.adapter_names import FORMATS, SPELLINGS, end_of
 from tuner.errors import CheckpointError, nearest
 from tuner.model import Adapter
@@ -20,7 +21,7 @@ from tuner.spec import ModelSpec, NetworkSpec
 
 STEM = "pytorch_lora_weights"
 """The name that diffusers looks for in a folder."""
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+DOWN, UP, NORMS = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 """Ends of the adapter's own names."""
 PARTS = ("lora_down", "lora_up", "alpha", "magnitude", "dora_scale")
 """What a key of a LoRA file may hold."""
@@ -56,19 +57,30 @@ def weight_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def export(adapter: Adapter, spec: ModelSpec, layout: str, facts: Mapping[str, Any]) -> LoraFile:
     """The file of a LoRA adapter in ``layout`` (a name of ``FORMATS``).
 
-    The adapter's tensors are named ``<module>.lora_A.weight`` (r, in) and ``<module>.lora_B.weight`` (out, r).
-    ``facts`` are more things to say in the metadata; a value None is left out.
+    The adapter's tensors are named ``<module>.lora_A.weight`` (r, in) and ``<module>.lora_B.weight`` (out, r), and
+    with DoRA ``<module>.lora_magnitude_vector.weight`` (out,). ``facts`` are more things to say in the metadata; a
+    value None is left out.
     """
-    state, alpha = adapter.state(), float(adapter.settings["alpha"])
-    updates = {
-        name.removesuffix(DOWN): low_rank(
-            down.detach().to("cpu", copy=True), state[name.removesuffix(DOWN) + UP].detach().to("cpu", copy=True), alpha
-        )
-        for name, down in state.items()
-        if name.endswith(DOWN)
-    }
+    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in adapter.state().items()}
+    modules = [name.removesuffix(DOWN) for name in state if name.endswith(DOWN)]
+    updates = {name: _update(name, state, adapter.settings) for name in modules}
     tensors, metadata = FORMATS[layout].write(AdapterFile(updates, metadata=_metadata(facts)), spec)
     return LoraFile(tensors, metadata)
+
+
+def _update(module: str, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Update:
+    """What the original weight of ``module`` changes by.
+
+    Where the LoRA took its start out of the base's weight it is the difference of two products: one of twice the rank.
+    """
+    down, up = state[module + DOWN], state[module + UP]
+    alpha = float(settings.get("alphas", {}).get(module, settings["alpha"]))
+    begun = settings.get("start", {}).get(module)
+    if begun is not None:
+        down, up = torch.cat([down, begun[0].to(down)]), torch.cat([up, -begun[1].to(up)], dim=1)
+        alpha *= 2
+    norms = state.get(module + NORMS)
+    return low_rank(down, up, alpha, None if norms is None else norms.reshape(-1, *[1] * (down.ndim - 1)))
 
 
 def _split(key: str) -> tuple[str, str]:
