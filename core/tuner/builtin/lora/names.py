@@ -107,4 +107,7 @@ def in_blocks(network: NetworkSpec) -> list[list[str]]:
         if found := re.fullmatch(r"(?:.*?\.)?\d+\.(.+)", name):
             by_end.setdefault(found[1], []).append(name)
     guessed = [f"blocks.{index}." for index in range(network.blocks)]
-    return [by_end.get(each.name) or [prefix + each.name for prefix in guessed] for each in network.matrices]
+    return [
+        by_end.get(each.name, [])[: network.blocks] or [prefix + each.name for prefix in guessed]
+        for each in network.matrices
+    ]
