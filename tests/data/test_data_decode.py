@@ -146,7 +146,7 @@ def test_a_clip_that_became_unreadable_is_named(tmp_path: Path) -> None:
 
 
 def test_pixels_of_a_stored_clip_stay_what_they_are() -> None:
-    """Golden: when this fails, `ENCODING` in `builtin/encoding` must be raised, or old cache entries are read as new."""
+    """Golden: when this fails, `ENCODING` in `builtin/encoding` must be raised, or old entries are read as new."""
     pixels = decoded(sample_of(Path(__file__).parent / "golden_clip.mp4", Bucket(5, 48, 64)))
     halves = torch.nn.functional.adaptive_avg_pool3d(pixels, (2, 2, 2)).flatten()
     red = [0.7176, 0.7175, 0.3417, 0.3546, 0.6326, 0.6466, 0.3795, 0.386]
