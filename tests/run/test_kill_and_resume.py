@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
 import time
 
+import pytest
+
 from tuner.testing.killing import start
+from tuner.testing.plugin_env import environment
 
 MOMENT = random.Random(7)
 KEYS = {
@@ -71,15 +77,63 @@ def kill_when(process, due, output, patience=60.0) -> bool:
     return alive
 
 
-def test_killed_anywhere_the_run_ends_the_same(job, steps_of, state_of):
+RANDOM = 20
+"""Kills at instants that nothing chose, beside the named moments and the cold starts: 30 in all."""
+
+
+@pytest.fixture(scope="module")
+def whole(job):
+    """The output of the run that nobody disturbed."""
     finish(job, "kill-whole")
-    whole, often = job.folder / "kill-whole", job.folder / "kill-often"
+    return job.folder / "kill-whole"
+
+
+def check_same(output, whole, state_of, steps_of):
+    assert state_of(output, 12) == state_of(whole, 12)
+    assert steps_of(output) == steps_of(whole)
+    assert not list(output.glob(".tuner-partial-*"))
+
+
+def test_killed_at_every_moment_the_run_ends_the_same(job, whole, steps_of, state_of):
+    often = job.folder / "kill-often"
     killed = []
     for name, due in MOMENTS:
         process = start(config(job, "kill-often"), [str(job.distribution)])
         killed += [name] if kill_when(process, due, often) else []
     assert len(killed) >= len(MOMENTS) - 1, killed  # a very fast machine may finish before the last
     finish(job, "kill-often")
-    assert state_of(often, 12) == state_of(whole, 12)
-    assert steps_of(often) == steps_of(whole)
-    assert not list(often.glob(".tuner-partial-*"))
+    check_same(often, whole, state_of, steps_of)
+
+
+def test_killed_at_random_the_run_ends_the_same(job, whole, steps_of, state_of):
+    killed, rounds = 0, 0
+    while killed < RANDOM:
+        output = f"kill-random-{rounds}"
+        rounds += 1
+        alive = True
+        while alive and killed < RANDOM:
+            process = start(config(job, output), [str(job.distribution)])
+            process.join(MOMENT.uniform(0.02, 2.0))
+            alive = process.is_alive()
+            process.kill()
+            process.join()
+            killed += alive
+        finish(job, output)
+        check_same(job.folder / output, whole, state_of, steps_of)
+
+
+def test_killed_cold_starts_end_the_same(job, whole, steps_of, state_of, tmp_path):
+    """The real command, killed twice and started again."""
+    file, output = tmp_path / "config.json", job.folder / "kill-cold"
+    file.write_text(json.dumps(config(job, "kill-cold")))
+    command = [sys.executable, "-m", "tuner", "run", "--config", str(file)]
+    env = environment(job.distribution, OMP_NUM_THREADS="1")
+    for due in (lambda: found(output, "checkpoint-3"), lambda: lines(output) >= 7):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not due() and process.poll() is None:
+            time.sleep(0.002)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+    finish(job, "kill-cold")
+    check_same(output, whole, state_of, steps_of)
