@@ -78,6 +78,7 @@ def manifest(assembly: Assembly, found: Survey) -> dict[str, Any]:
         "model": {"family": found.spec.family, "flavour": found.spec.flavour, "base": found.spec.base},
         "total_steps": found.total,
         "samples": len(found.prepared.samples),
+        "samples_per_step": max(found.plan.samples_per_step),
         "threads": torch.get_num_threads(),
         "config": without_secrets(json.loads(json.dumps(config, default=str))),
     }

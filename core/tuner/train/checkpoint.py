@@ -105,7 +105,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a whole checkpoint, every file's size and hash verified. Raises CheckpointError otherwise."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        files, step = dict(manifest["files"]), int(manifest["step"])
+        files, step = dict(manifest["files"]), manifest["step"]
+        if type(step) is not int or step < 0 or not files:
+            raise ValueError("it has no step or no files")
         recorded = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint has no readable manifest ({error})", where=path) from None

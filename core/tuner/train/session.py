@@ -56,6 +56,8 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     """Of this process's clock since they were last taken, by stage: data, forward, backward, device (waiting for it),
     optimizer, validate, save."""
+    skipped: int = 0
+    """Steps left out one after the other, because their loss or gradients were no numbers."""
     stepping: bool = False
     """Whether an optimizer is changing the weights, or was when something went wrong."""
     _resident: str | None = None

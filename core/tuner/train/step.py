@@ -18,6 +18,9 @@ from tuner.train import guards, optimizers
 from tuner.train.reduce import sum_over_processes
 from tuner.train.session import Session
 
+SKIPPED_IN_A_ROW = 20
+"""So many steps without numbers are no accident: the run ends, whatever ``nonfinite`` says."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -79,6 +82,7 @@ def train_step(session: Session) -> StepResult:
         value, norm_value = torch.stack([total, norm.to(total)]).tolist()
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
+        session.skipped = 0
         session.unchecked.discard(network.name)
     if finite and release is None:
         session.stepping = True
@@ -186,7 +190,8 @@ def _nonfinite(session: Session, loss: float, norm: float, samples: list[str], *
     message = (
         f"step {session.run.step + 1}: the loss is {loss} and the gradient norm {norm}; samples: {', '.join(samples)}"
     )
-    if session.run.config.nonfinite == "skip" and not spoilt:
+    session.skipped += 1
+    if session.run.config.nonfinite == "skip" and not spoilt and session.skipped < SKIPPED_IN_A_ROW:
         session.run.log.warning("%s; the step was skipped", message)
         return
     if not session.run.is_main:

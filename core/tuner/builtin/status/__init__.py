@@ -50,6 +50,8 @@ class StatusPlugin(Plugin[PluginConfig]):
                 saved.get("threads"),
                 now["threads"],
             )
+        for line in _other_data(saved, now):
+            run.log.warning("%s", line)
         before, after = dict(saved.get("config") or {}), now["config"]
         names = {*before, *after} - {"resume_from_checkpoint"}
         changed = sorted(name for name in names if before.get(name) != after.get(name))
@@ -77,6 +79,20 @@ class StatusPlugin(Plugin[PluginConfig]):
             self._progress.close()
         if run.is_main and error is None and checkpoint is not None:
             print("\n".join(f"{label + ':':<12}{path}" for label, path in _results(run.output_dir, checkpoint)))
+
+
+def _other_data(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What is not as it was of the order of training, which is a function of seed, data and samples of a step."""
+    if saved.get("samples") not in (None, now["samples"]):
+        yield (
+            f"the checkpoint's run trained on {saved['samples']} samples and this one has {now['samples']}: "
+            "from here on the epochs are planned anew"
+        )
+    if saved.get("samples_per_step") not in (None, now["samples_per_step"]):
+        yield (
+            f"a step had {saved['samples_per_step']} samples and has {now['samples_per_step']} now: from here on the "
+            "epochs are planned anew, and the learning rate is not adapted"
+        )
 
 
 def _summary(run: Run, spec: ModelSpec, plan: Order) -> Iterator[str]:
