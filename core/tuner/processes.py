@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -51,9 +51,10 @@ def joined() -> Iterator[None]:
         yield
     except BaseException as error:
         # Whoever waits for a process that has ended hears of a lost connection: that one says why.
-        if isinstance(error, RuntimeError) and _store().check([FAILED]):
+        if isinstance(error, RuntimeError) and _one_failed():
             raise FailedElsewhere("another process of this run failed") from error
-        _store().set(FAILED, b"1")
+        with suppress(RuntimeError):
+            _store().set(FAILED, b"1")
         raise
     finally:
         distributed.destroy_process_group()
@@ -84,7 +85,7 @@ def together() -> Iterator[None]:
 
 def stop_if_one_failed() -> None:
     """Raise FailedElsewhere when another process has failed inside the same :func:`together`. Costs next to nothing."""
-    if are_several() and _store().check([FAILED]):
+    if are_several() and _one_failed():
         raise FailedElsewhere("another process of this run failed")
 
 
@@ -125,6 +126,14 @@ def are_several() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
+
+
+def _one_failed() -> bool:
+    """Whether a process has said that it failed, or the one that keeps what they say has ended."""
+    try:
+        return bool(_store().check([FAILED]))
+    except RuntimeError:
+        return True
 
 
 def _store() -> Any:

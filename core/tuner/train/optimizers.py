@@ -42,6 +42,8 @@ class OptimizerChoice:
     """What ``module`` imports that may not be installed; ``module`` itself where empty."""
     needs_all_gradients: bool = False
     """Whether a step of one tensor depends on the others' gradients."""
+    steps_shards: bool = True
+    """Whether it steps tensors that are spread over the processes as it steps whole ones."""
 
 
 class GradientRelease(Protocol):

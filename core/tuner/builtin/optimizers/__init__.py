@@ -67,6 +67,8 @@ LEARNS_ITS_RATE = frozenset({"prodigy"})
 BETAS = (0.9, 0.999)
 FLOAT32_STATE = frozenset({"bitsandbytes", "torchao"})
 """Libraries whose optimizers keep float32 or quantised state; that of others is of the weights' type."""
+NOT_SHARDED = frozenset({"adafactor", "rprop"})
+"""Of torch: they compute in place what needs all parts of a tensor."""
 KAHAN_BYTES = 2
 """Of the running error that optimi keeps beside each bfloat16 weight."""
 
@@ -148,14 +150,21 @@ def _all() -> Iterator[tuple[str, OptimizerChoice]]:
     yield from _torchao()
     yield "adamw_schedulefree", OptimizerChoice("schedulefree", "AdamWScheduleFree", "difftuner[schedulefree]", {}, 8)
     yield "sgd_schedulefree", OptimizerChoice("schedulefree", "SGDScheduleFree", "difftuner[schedulefree]", {}, 4)
-    prodigy = OptimizerChoice("prodigyopt", "Prodigy", "difftuner[prodigy]", {}, 16, needs_all_gradients=True)
-    yield "prodigy", prodigy
+    needs: dict[str, Any] = {"needs_all_gradients": True, "steps_shards": False}
+    yield "prodigy", OptimizerChoice("prodigyopt", "Prodigy", "difftuner[prodigy]", {}, 16, **needs)
 
 
 def _torch() -> Iterator[tuple[str, OptimizerChoice]]:
     """``adamw``, ``torch-adamw`` and their like."""
     choices = {
-        name: OptimizerChoice("torch.optim", TORCH_NAMES.get(name, name.capitalize()), "torch", {}, size)
+        name: OptimizerChoice(
+            "torch.optim",
+            TORCH_NAMES.get(name, name.capitalize()),
+            "torch",
+            {},
+            size,
+            steps_shards=name not in NOT_SHARDED,
+        )
         for name, size in TORCH.items()
     }
     yield from ((f"torch-{name}", choice) for name, choice in choices.items())
@@ -185,5 +194,6 @@ def _bitsandbytes() -> Iterator[tuple[str, OptimizerChoice]]:
                 size = STATES.get(name, 1) * (EIGHT_BITS if bits else 4)
                 module = f"{__name__}.paged" if paged else "bitsandbytes.optim"
                 full = f"{'Paged' if paged else ''}{cls}{bits}"
-                choice = OptimizerChoice(module, full, "difftuner[bitsandbytes]", decay, size, library="bitsandbytes")
+                facts: dict[str, Any] = {"library": "bitsandbytes", "steps_shards": False}
+                choice = OptimizerChoice(module, full, "difftuner[bitsandbytes]", decay, size, **facts)
                 yield f"bnb-{name}{bits}{paged}", choice

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 class PriorPreservationPlugin(Plugin[PluginConfig]):
     """Prior preservation: regularisation data hold the model to what its base predicts, instead of teaching it."""
 
+    def __init__(self, name: str, config: PluginConfig) -> None:
+        super().__init__(name, config)
+        self._holds = False
+
     @hookimpl
     def data_ready(self, run: Run, spec: ModelSpec, data: Prepared) -> None:
         """Refuse regularisation data where the base itself is trained: it is then nowhere to be asked."""
@@ -38,7 +42,8 @@ class PriorPreservationPlugin(Plugin[PluginConfig]):
     @hookimpl
     def on_train_start(self, run: Run, model: Model) -> None:
         """Refuse, before the first step, an adapter that cannot be switched off."""
-        if run.cached is not None and regularisation_ids(run.cached.prepared):
+        self._holds = run.cached is not None and bool(regularisation_ids(run.cached.prepared))
+        if self._holds:
             for network in model.networks.values():
                 with network.base():
                     pass
@@ -47,7 +52,8 @@ class PriorPreservationPlugin(Plugin[PluginConfig]):
     @hookimpl(wrapper=True, trylast=True)
     def compute_loss(self, model: Model, batch: Batch) -> Generator[None, Loss, Loss]:
         """Put the base's own prediction in the place of the target, for the samples that ask for it."""
-        if any(batch.regularisation):
+        # Each forward of a spread network needs every process: all ask the base where one may have to.
+        if any(batch.regularisation) or (self._holds and model.network.sharding is not None):
             from tuner.builtin.prior.target import take_base_as_target
 
             take_base_as_target(model, batch)

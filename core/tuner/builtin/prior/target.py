@@ -16,7 +16,7 @@ def take_base_as_target(model: Model, batch: Batch) -> None:
     """
     with model.network.base():
         prediction = model.predict(batch)
-    marked = torch.tensor(batch.regularisation, device=batch.target.device)
+    marked = torch.tensor(batch.regularisation or (False,) * len(batch.target), device=batch.target.device)
     where = marked.view(-1, *[1] * (batch.target.ndim - 1))
     # The wider of the two dtypes: neither the prediction nor the others' target may lose digits.
     batch.target = torch.where(where, prediction, batch.target)

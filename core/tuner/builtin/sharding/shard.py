@@ -7,6 +7,7 @@ whole in every process: they are small, and are kept alike by summing their grad
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -50,6 +51,8 @@ def shard(
     """Spread ``network`` over the processes, in place. Returns its adapter over the parameters that came of it."""
     from torch import distributed
 
+    # What the network returns is a view of its last tensor, and nobody writes into it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     whole = _kept_whole(network)
     _to_device(network.module, whole, device)
@@ -60,12 +63,27 @@ def shard(
     for block in network.stack.blocks:
         fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(network.module, reshard_after_forward=False, **options)
+    if any(each.shape and each.shape[0] % mesh.size() for each in network.module.parameters() if each not in whole):
+        compile_apart()
     modules = [module for module in network.module.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_gradient_divide_factor(1.0)  # the loss is scaled by the samples of all processes
         module.set_force_sum_reduction_for_comms(True)
     network.sharding = Shards(modules, saves_parts)
     return None if network.adapter is None or not names else _over_parts(network, network.adapter, homes, names)
+
+
+def compile_apart() -> None:
+    """Have each process compile for itself, as torchao's optimizers do.
+
+    torch's cache of compiled graphs on the disk knows a spread tensor by its whole shape: of parts of unequal size one
+    process would be given the graph of another's.
+    """
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._functorch.config.enable_autograd_cache = False
+    torch._inductor.config.fx_graph_cache = False
 
 
 def _kept_whole(network: Network) -> set[nn.Parameter]:
