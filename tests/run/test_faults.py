@@ -98,6 +98,12 @@ def test_two_runs_do_not_share_an_output_folder(job):
     job.run("locked", max_train_steps=1)
 
 
+def test_an_output_folder_that_cannot_be_made_is_one_error(job):
+    (job.folder / "no-folder").write_text("a file stands where a folder must be")
+    with pytest.raises(CheckpointError, match="the output folder cannot be written"):
+        job.run("no-folder/inside")
+
+
 def test_a_full_disk_while_saving_loses_nothing(job, monkeypatch, state_of):
     from tuner.train import state
 
