@@ -39,16 +39,8 @@ def lock(run: Run) -> Iterator[None]:
 
 
 def _hold(output_dir: Path) -> IO[str]:
-    path = output_dir / LOCK
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise CheckpointError(
-            f"the output folder cannot be written: {error.strerror}",
-            where=output_dir,
-            remedy="choose another output_dir",
-        ) from None
+    with writable(output_dir):
+        file = (output_dir / LOCK).open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -59,6 +51,20 @@ def _hold(output_dir: Path) -> IO[str]:
             remedy="wait for it, or choose another output_dir",
         ) from None
     return file
+
+
+@contextmanager
+def writable(output_dir: Path) -> Iterator[None]:
+    """Make the folder, and then run the block. Raises CheckpointError where either cannot write there."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the output folder cannot be written: {error.strerror}",
+            where=output_dir,
+            remedy="choose another output_dir",
+        ) from None
 
 
 def manifest(assembly: Assembly, found: Survey) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def survey(assembly: Assembly) -> Survey:
         compression.zstandard()
     spec = describe(run, assembly.manager)
     flow.check(run.config, spec.networks)
+    with output.writable(run.output_dir):
+        pass  # plugins write there as soon as the data are known
     hook = assembly.manager.hook
     prepared: Prepared = hook.prepare_data(run=run, spec=spec)
     run.trained_shape = most_frequent_shape(prepared)
