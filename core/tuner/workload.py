@@ -41,6 +41,12 @@ class Workload:
     """Blocks whose weights are on the device at any time; None is all of them."""
     offloaded_to: Literal["host", "disk"] = "host"
     """Where the weights of the other blocks wait."""
+    shards: int = 1
+    """Processes that the network's own weights, and what is kept for training them, are spread over."""
+    gathered_blocks: int | None = None
+    """Blocks that are whole at any time where weights are spread; None is all of them."""
+    parts_on_host: bool = False
+    """Whether the parts wait on the host, and the optimizer works there."""
     waiting: frozenset[str] = frozenset()
     """What is on the host while it is not at work: a component's name for one of whose blocks two are on the device at
     a time, ``network`` for a denoiser that leaves while others encode or decode."""

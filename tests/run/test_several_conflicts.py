@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tuner import pipeline
-from tuner.assembly import assemble
+from tuner.assembly import assemble, new_run
+from tuner.builtin.planner.memory import predict
+from tuner.data.samples import Bucket
 from tuner.errors import ConfigError
 from tuner.testing.killing import start_several
 from tuner_wan.tiny import build_tiny
@@ -97,3 +99,23 @@ def test_two_experts_held_to_their_base_learn_what_they_do_in_one_process(job, s
     assert {line["network"] for line in two} == {"transformer", "transformer_2"}
     for line, other in zip(two, one, strict=True):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("keys", [{}, {"model_type": "full"}], ids=["lora", "full"])
+def test_the_predicted_memory_is_that_of_a_part(monkeypatch, keys):
+    def predicted(processes, **more):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        settings = {"model_family": "wan", "model_flavour": "t2v-480p-14b-2.1", "data_backend_config": []}
+        assembly = assemble({**settings, **SPREAD, **keys, **more})
+        run = new_run(assembly)
+        spec = pipeline.describe(run, assembly.manager)
+        return predict(run.estimate(spec.networks[0], Bucket(81, 480, 832), 1))
+
+    one, four = predicted(1).device, predicted(4).device
+    assert four["base weights"] == pytest.approx(one["base weights"] / 4)
+    assert four["gathered weights"] < 0.2 * one["base weights"]
+    state = 4 if keys else 1  # of an adapter every process has all
+    assert four["optimizer state"] == pytest.approx(one["optimizer state"] / state)
+    kept = predicted(4, fsdp_reshard_after_forward=False).device
+    assert kept["gathered weights"] > 0.9 * one["base weights"]
+    assert predicted(4, fsdp_cpu_offload=True).host["base weights"] == four["base weights"]

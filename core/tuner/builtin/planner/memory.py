@@ -85,7 +85,24 @@ def weights(workload: Workload) -> tuple[dict[str, float], dict[str, float]]:
         moved = streamed * block_parameters(network)
         device["optimizer state"] = (whole - moved) * workload.optimizer_bytes
         host |= {"gradients": streamed * block, "optimizer state": moved * workload.optimizer_bytes}
+    if workload.shards > 1:
+        _spread(workload, device, host)
     return device, host
+
+
+def _spread(workload: Workload, device: dict[str, float], host: dict[str, float]) -> None:
+    """Leave this process its part of the network's own weights; around the blocks they are whole throughout a step."""
+    network, block = workload.network, block_bytes(workload)
+    trains = workload.trained == "network"
+    parts = {name: device[name] / workload.shards for name in ("base weights", *(("optimizer state",) * trains))}
+    if trains:
+        device["averages"] /= workload.shards
+    if workload.parts_on_host:
+        host |= parts
+        parts = dict.fromkeys(parts, 0.0)
+    gathered = network.blocks if workload.gathered_blocks is None else min(network.blocks, workload.gathered_blocks)
+    # Beside them the gradients of the block at work, before each process keeps its part of them.
+    device |= parts | {"gathered weights": (gathered + trains) * block + network.other * plain_bytes(workload)}
 
 
 def _dequantised(workload: Workload) -> float:

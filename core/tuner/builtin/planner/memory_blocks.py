@@ -163,7 +163,7 @@ def _gradient(workload: Workload) -> float:
         return 0.0
     if workload.trained == "adapter":
         return workload.adapter_parameters / network.blocks * FLOAT32
-    return block_bytes(workload) * (1 - streamed_blocks(workload) / network.blocks)
+    return block_bytes(workload) * (1 - streamed_blocks(workload) / network.blocks) / workload.shards
 
 
 def block_parameters(network: NetworkSpec) -> int:

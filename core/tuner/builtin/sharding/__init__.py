@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner import processes
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from tuner.model import Model, Transform
     from tuner.run import Run
     from tuner.spec import ModelSpec
+    from tuner.workload import Workload
 
+GATHERED = 2
+"""Blocks that are whole at any time: the one at work, and the one that is fetched meanwhile."""
 INSTEAD_OF_DEEPSPEED = (
     "fsdp_enable: true does what ZeRO 3 does, with fsdp_reshard_after_forward: false what ZeRO 2 does, and "
     "fsdp_cpu_offload: true what its offload does"
@@ -100,6 +103,17 @@ class ShardingPlugin(Plugin[ShardingConfig]):
             allowed=sorted(each for each, other in run.optimizers.items() if other.steps_shards),
             remedy="of those with 8-bit state the ao- ones can, such as ao-adamw8bit",
         )
+
+    @hookimpl
+    def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
+        """The part that each process holds, and what it gathers."""
+        if not self.is_active(run.config):
+            return {}
+        return {
+            "shards": run.process_count,
+            "gathered_blocks": GATHERED if self.config.fsdp_reshard_after_forward else None,
+            "parts_on_host": self.config.fsdp_cpu_offload,
+        }
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
