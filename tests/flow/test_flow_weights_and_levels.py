@@ -79,7 +79,9 @@ def test_the_plugin_counts_what_the_optimizer_gets_and_keeps_its_graph() -> None
     plugin = NoiseLevelsPlugin("noise_levels", NoiseLevelsConfig(noise_levels_interval=3))
     assert [step for step in range(1, 8) if plugin.validates_at(step, 0)] == [3, 6]
     losses = torch.tensor([1.0, 3.0], requires_grad=True)
-    wrapper = plugin.compute_loss(run=None, batch=SimpleNamespace(sigmas=torch.tensor([0.41, 0.44])))
+    wrapper = plugin.compute_loss(
+        run=SimpleNamespace(process_index=0, sharing=1), batch=SimpleNamespace(sigmas=torch.tensor([0.41, 0.44]))
+    )
     next(wrapper)
     with pytest.raises(StopIteration) as done:
         wrapper.send(Loss(per_sample=losses * 2))

@@ -36,7 +36,7 @@ def test_the_guides_plugin_loads_from_its_config_key_and_logs(tmp_path: Path, ca
         model: Any = SimpleNamespace(network=SimpleNamespace(module=layer))
         with caplog.at_level(logging.INFO, logger="tuner"):
             for run.step in (1, 2):
-                assembly.manager.hook.on_step_end(run=run, model=model, metrics={})
+                assembly.manager.hook.on_step_end(run=run, model=model, metrics={"stages": {}})
         told = [record.message for record in caplog.records if "weight norm" in record.message]
         assert told == ["step 2: weight norm 4.2426"]
         assert "update_norm" not in assemble({"model_family": "wan"}).plugins

@@ -19,8 +19,8 @@ REMAKE = "run: python -m tuner.testing.compatibility_page > docs/compatibility.m
 
 
 def table(title: str) -> dict[str, tuple[str, ...]]:
-    """The rows of a chapter's table by their first cell."""
-    chapter = TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+    """The rows of a chapter's table by their first cell; none where there is no such chapter."""
+    chapter = TEXT.partition(f"## {title}\n")[2].split("\n## ")[0]
     rows = [tuple(re.split(r" ?\| ?", line)[1:-1]) for line in chapter.splitlines() if line.startswith("|")]
     return {first: rest for first, *rest in map(list, rows[2:])}
 

@@ -96,6 +96,7 @@ class TestGradientRelease(PluginContract):
 
 class TestLora(PluginContract):
     plugin = "lora"
+    legacy_keys = frozenset({"use_dora", "use_rslora", "init_lora"})
 
 
 class TestLycoris(PluginContract):
