@@ -47,8 +47,7 @@ def train_step(session: Session) -> StepResult:
     run, network = session.run, session.take_turn()
     optimizer = session.optimizers[network.name]
     release = session.releases.get(network.name)
-    rate = session.learning_rate(network.name)
-    optimizers.set_rate(optimizer, rate)
+    optimizers.set_rate(optimizer, rate := session.learning_rate(network.name))
 
     micro_batches = session.plan.micro_batches(run.step)
     samples = sum(len(each.samples) for each in micro_batches)
