@@ -177,6 +177,8 @@ class ModelSpec:
     """Optimizer steps that each network is trained before the next one's turn; 0 where there is one network."""
     rename: tuple[tuple[str, str], ...] = ()
     """Pairs (diffusers module suffix, original module suffix) for exported LoRA keys, most specific first."""
+    license: str = ""
+    """Identifier of the published base's licence, as model cards have it; empty where it is not known."""
     defaults: dict[str, object] = field(default_factory=dict)
     """Core keys this model would rather have another default for, such as ``validation_guidance``."""
 

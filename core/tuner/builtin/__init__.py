@@ -12,6 +12,7 @@ BUILTINS = {
     "exact_attention": "tuner.builtin.exact_attention:ExactAttentionPlugin",
     "full": "tuner.builtin.full:FullPlugin",
     "gradient_release": "tuner.builtin.gradient_release:GradientReleasePlugin",
+    "hub": "tuner.builtin.hub:HubPlugin",
     "lora": "tuner.builtin.lora:LoraPlugin",
     "metrics": "tuner.builtin.metrics:MetricsPlugin",
     "noise_levels": "tuner.builtin.noise_levels:NoiseLevelsPlugin",

@@ -1,7 +1,8 @@
-"""A server on this machine that speaks as much of the hub's API as downloading models and datasets needs."""
+"""A server on this machine that speaks as much of the hub's API as downloading and uploading needs."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -28,6 +29,19 @@ class Hub:
         self.ranges: list[tuple[str, int]] = []
         """files that were asked for from some byte on"""
         self.breaks = dict(breaks or {})
+        self.owner = "me"
+        """whose repositories are made"""
+        self.writers: set[str] = {"good-token"}
+        """tokens that may write"""
+        self.private: set[str] = set()
+        """repositories that were made private"""
+        self.commits: list[tuple[str, str, list[str]]] = []
+        """repository, message and files of each commit"""
+        self.stored: dict[str, bytes] = {}
+        """contents of large files by their hash, committed or not"""
+        self.faults: list[tuple[str, int | str]] = []
+        """part of a path, and what comes of a write there, once: a status, ``close``, ``stall`` or ``nonsense``"""
+        self.closed = threading.Event()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self.server.hub = self  # type: ignore[attr-defined]
         self.address = f"http://127.0.0.1:{self.server.server_port}"
@@ -40,6 +54,7 @@ class Hub:
 
     def stop(self) -> None:
         """Close the door."""
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -54,6 +69,104 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         """Answer with the facts alone."""
         self._answer(send=False)
+
+    def do_POST(self) -> None:
+        """Take what is written."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self._is_faulty() or not self._may_write():
+            return
+        path = unquote(urlsplit(self.path).path).strip("/")
+        parts = path.split("/")
+        if path == "api/repos/create":
+            self._create(json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            self._batch(json.loads(body))
+        elif parts[4:5] == ["preupload"]:
+            self._preupload("/".join(parts[2:4]), json.loads(body))
+        elif parts[4:5] == ["commit"]:
+            self._commit("/".join(parts[2:4]), [json.loads(line) for line in body.splitlines()])
+        else:  # the check of a card's head, and of a large file that was sent
+            self._json({"errors": [], "warnings": []})
+
+    def do_PUT(self) -> None:
+        """Take a large file's content."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if not self._is_faulty():
+            self._hub.stored[hashlib.sha256(body).hexdigest()] = body
+            self._reply(200, b"", {})
+
+    @property
+    def _hub(self) -> Hub:
+        return self.server.hub  # type: ignore[attr-defined,no-any-return]
+
+    def _is_faulty(self) -> bool:
+        """Whether something goes wrong with this request, as ``faults`` wants it."""
+        hub = self._hub
+        fault = next((each for each in hub.faults if each[0] in self.path), None)
+        if fault is None:
+            return False
+        hub.faults.remove(fault)
+        if isinstance(fault[1], int):
+            self._reply(fault[1], b"{}", {"X-Error-Message": "as the test wants it"})
+        elif fault[1] == "nonsense":
+            self._reply(200, b"<html>all is well", {"Content-Type": "text/html"})
+        else:
+            if fault[1] == "stall":
+                hub.closed.wait(60)
+            self.close_connection = True
+        return True
+
+    def _may_write(self) -> bool:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self._hub.writers:
+            self._reply(401, b'{"error": "Invalid credentials"}', {"X-Error-Message": "Invalid credentials"})
+        return token in self._hub.writers
+
+    def _create(self, wanted: Mapping[str, Any]) -> None:
+        hub = self._hub
+        name = f"{wanted.get('organization') or hub.owner}/{wanted['name']}"
+        exists = name in hub.repositories
+        if not exists:
+            hub.repositories[name] = {}
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                hub.private.add(name)
+        self._json({"url": f"{hub.address}/{name}", "name": name}, status=409 if exists else 200)
+
+    def _preupload(self, name: str, wanted: Mapping[str, Any]) -> None:
+        there = self._hub.repositories[name]
+        files = []
+        for each in wanted["files"]:
+            large = each["path"].endswith((".safetensors", ".mp4"))
+            content = there.get(each["path"])
+            oid = None if content is None else _object_id(content, large=large)
+            mode = "lfs" if large else "regular"
+            files.append({"path": each["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self._json({"files": files})
+
+    def _batch(self, wanted: Mapping[str, Any]) -> None:
+        hub = self._hub
+        objects = []
+        for each in wanted["objects"]:
+            upload = {"href": f"{hub.address}/large/{each['oid']}"}
+            verify = {"href": f"{hub.address}/verify/{each['oid']}"}
+            actions = {} if each["oid"] in hub.stored else {"actions": {"upload": upload, "verify": verify}}
+            objects.append({"oid": each["oid"], "size": each["size"], **actions})
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, name: str, lines: list[Mapping[str, Any]]) -> None:
+        hub = self._hub
+        contents = {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                contents[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                contents[value["path"]] = hub.stored[value["oid"]]
+        hub.repositories[name] |= contents
+        summary = next(line["value"]["summary"] for line in lines if line["key"] == "header")
+        hub.commits.append((name, summary, sorted(contents)))
+        commit = hub.commit(name)
+        self._json({"success": True, "commitUrl": f"{hub.address}/{name}/commit/{commit}", "commitOid": commit})
 
     def _answer(self, *, send: bool) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
@@ -97,8 +210,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         most = hub.breaks.pop(path, None) if send else None
         self._reply(206 if start else 200, content[start:], headers, send=send, most=most)
 
-    def _json(self, value: Any) -> None:
-        self._reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._reply(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def _reply(
         self, status: int, body: bytes, headers: Mapping[str, str], *, send: bool = True, most: int | None = None
@@ -118,3 +231,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _digest(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
+
+
+def _object_id(content: bytes, *, large: bool) -> str:
+    """The name of a file's content: of a large one the hash, of a small one git's."""
+    return (
+        hashlib.sha256(content).hexdigest()
+        if large
+        else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tuner.model import Network
 from tuner.plugin import AnyPlugin
 from tuner.run import log
 from tuner.train import optimizers
+from tuner.train.checkpoint import MANIFEST
 from tuner.train.subclasses import put_together, taken_apart
 
 NUMBERS = "numbers"
@@ -43,6 +45,13 @@ def optimizer_file(network: str) -> str:
 def plugin_file(plugin: str) -> str:
     """Name of the file with a plugin's state."""
     return f"plugin.{plugin}.safetensors"
+
+
+def exports(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint that people use elsewhere, sorted: all but what a resume needs."""
+    own = re.compile(rf"(adapter|optimizer|plugin)\..+\.safetensors|{MANIFEST}|{sharded.FOLDER}/.*")
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in files if not own.fullmatch(path.relative_to(checkpoint).as_posix()))
 
 
 @dataclass(frozen=True)

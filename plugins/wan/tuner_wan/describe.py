@@ -59,6 +59,7 @@ def describe(core: CoreConfig, own: WanConfig | None = None) -> ModelSpec:
     return ModelSpec(
         family="wan",
         flavour=flavour.name,
+        license="apache-2.0",
         base=parts[networks[0].name].base,
         networks=networks,
         latents=latents,

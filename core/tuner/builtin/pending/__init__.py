@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tuner.builtin.pending.keys import PendingKeys
@@ -20,14 +19,3 @@ class PendingPlugin(Plugin[PendingKeys]):
     def is_active(self, core: CoreConfig) -> bool:
         """It does nothing."""
         return False
-
-    def warnings(self, core: CoreConfig) -> Iterator[str]:
-        """What the config will need and this machine lacks, with the command that mends it."""
-        if (self.config.push_to_hub or self.config.push_checkpoints_to_hub) and not _hub_login():
-            yield "push_to_hub: nobody is logged in to the Hugging Face hub on this machine; `hf auth login`"
-
-
-def _hub_login() -> bool:
-    from huggingface_hub import get_token
-
-    return get_token() is not None

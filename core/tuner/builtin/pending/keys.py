@@ -16,11 +16,6 @@ class PendingKeys(PluginConfig):
     disable_benchmark: bool = key(
         False, "Do not render the base model at step 0.", pending="the base model is not rendered at step 0"
     )
-    push_to_hub: bool = key(False, "Upload the result to the hub.", pending="nothing is uploaded", effect="uploads")
-    push_checkpoints_to_hub: bool = key(
-        False, "Upload every checkpoint.", pending="nothing is uploaded", effect="uploads"
-    )
-    hub_model_id: str | None = key(None, "Repository to upload to.", pending="nothing is uploaded")
     validation_guidance_skip_layers: list[int] | None = key(
         None, "Blocks skipped by skip-layer guidance.", pending="clips are rendered with plain guidance"
     )
