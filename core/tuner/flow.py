@@ -8,7 +8,8 @@ arXiv:2403.03206 for the logit-normal density and the shift).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from tuner.errors import ConfigError
 from tuner.model import Batch, Loss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tuner.config.keys import CoreConfig
     from tuner.spec import NetworkSpec
@@ -225,3 +226,22 @@ def _distance(core: CoreConfig, difference: Tensor) -> Tensor:
     c = core.huber_c
     root = (difference.square() + c * c).sqrt() - c
     return 2 * c * root if core.loss_type == "huber" else 2 * root
+
+
+def watch(scheduler: Any, predicted: Callable[[int, Tensor], None]) -> None:
+    """Have one of diffusers' flow-matching schedulers tell what each step predicts, for the life of the scheduler.
+
+    ``predicted`` is called after each step with the number of steps done and the clean latents, float32, in the shape
+    in which the pipeline holds its latents: noisy - sigma * velocity, with the sigma that the network was asked at.
+    """
+    step, done = scheduler.step, 0
+
+    @wraps(step)
+    def watched(velocity: Tensor, time: Any, noisy: Tensor, *args: Any, **named: Any) -> Any:
+        nonlocal done
+        stepped = step(velocity, time, noisy, *args, **named)
+        done += 1
+        predicted(done, noisy.float() - scheduler.sigmas[scheduler.step_index - 1] * velocity.float())
+        return stepped
+
+    scheduler.step = watched

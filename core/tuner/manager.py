@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -102,6 +102,10 @@ class Manager(pluggy.PluginManager):
                 self.subset_hook_caller(hook_name, others)(run=run, **arguments)
             except Exception as error:
                 run.log.warning("plugin %r failed in %s: %s", name, hook_name, error)
+
+    def announcer(self, hook_name: str, run: Run) -> Callable[..., None] | None:
+        """:meth:`notify` for one hook; None where no plugin implements it."""
+        return partial(self.notify, hook_name, run) if self.answering(hook_name) else None
 
     def registry(self, hook_name: str, run: Run) -> dict[str, Any]:
         """Merge the mappings that a hook's answers are. Raises PluginError when one name is offered twice."""

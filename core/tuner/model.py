@@ -283,6 +283,10 @@ class SampleRequest:
     where the model takes none."""
     on_step: Callable[[int], None] | None = None
     """Called with the number of steps done, for the progress bar."""
+    on_prediction: Callable[[int, Tensor], None] | None = None
+    """Called after each step, before ``on_step``, with the number of steps done and the clean latents (1, C, F', h, w),
+    float32, that the step was taken towards: noisy latents - sigma * predicted velocity. It must not change them.
+    A family that cannot tell them does not call it."""
 
 
 class Model(ABC):

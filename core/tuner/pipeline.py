@@ -82,6 +82,7 @@ def describe(run: Run, manager: Manager) -> ModelSpec:
     plain = manager.unwrapped("compute_loss")
     run.plain_loss = lambda model, batch: plain(run=run, model=model, batch=batch)
     run.estimate = partial(workload.of, run, spec, manager)
+    run.announcer = partial(manager.announcer, run=run)
     manager.hook.check_model(run=run, spec=spec)
     return spec
 

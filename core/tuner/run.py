@@ -72,6 +72,9 @@ class Run:
     is described."""
     cached: CachedData | None = None
     """All encodings, those of held-out samples too; set once the cache is built."""
+    announcer: Callable[[str], Callable[..., None] | None] = lambda hook: None
+    """What tells all plugins that implement a hook such as ``on_preview``, whatever one of them raises; None where none
+    does. Set once the model is described."""
     log: logging.Logger = log
     _device: Any = field(default=None, repr=False)
     _dtype: Any = field(default=None, repr=False)

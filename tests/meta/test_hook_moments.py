@@ -238,7 +238,9 @@ def test_the_scribe_knows_every_hook_but_the_familys(calls: list[tuple[str, Any,
         "estimate",
         "known_models",
         "memory_advice",
+        "on_preview",
         "on_resume",
+        "on_sampling_step",
     }  # only where someone asks
     built_in = {"gradient_release"}  # takes one answer, which a built-in plugin gives
     assert set(hook_names()) - called == REQUIRED - {"compute_loss"} | on_demand | built_in

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tuner.model import Batch, Loss, Model, Network
     from tuner.run import Run
     from tuner.train.optimizers import GradientRelease
-    from tuner.validate.results import Validation
+    from tuner.validate.results import Preview, SamplingStep, Validation
 
 
 class TrainingHooks:
@@ -222,6 +222,39 @@ class TrainingHooks:
             @hookimpl
             def on_validation(self, run, plugin, validation):
                 self.tracker.log_media(validation.media, step=run.step)
+        """
+
+    @hookspec
+    def on_sampling_step(self, run: Run, model: Model, sampling: SamplingStep) -> None:
+        """A step of rendering a validation clip is done.
+
+        Called: all, on the main process, in the middle of ``validate``, for each step of each clip whose family tells
+        its prediction.
+        Arguments: ``run``; ``model``; ``sampling``, a SamplingStep (``tuner.validate.results``): which clip, how far it
+        is, and its predicted clean latents, which must not be changed.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_sampling_step(self, run, model, sampling):
+                self.spread.append(float(sampling.latents.std()))
+        """
+
+    @hookspec
+    def on_preview(self, run: Run, preview: Preview) -> None:
+        """A preview of a clip that is being rendered was written.
+
+        Called: all, on the main process, in the middle of ``validate``, by the plugin that made it
+        (``run.announcer("on_preview")``); it may be called often, and what is slow belongs into the background.
+        Arguments: ``run``; ``preview``, a Preview (``tuner.validate.results``): the file, which clip, how far it is.
+        Returns: nothing; an exception is logged with the plugin's name and does not end the run.
+
+        Example::
+
+            @hookimpl
+            def on_preview(self, run, preview):
+                self.outbox.put(preview.path)
         """
 
     @hookspec

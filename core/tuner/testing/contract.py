@@ -290,11 +290,15 @@ class FamilyContract:
         model = bench.load()
         model.network.module.eval()
         steps: list[int] = []
-        first, again, other = (_sample(bench, model, seed, steps) for seed in (1, 1, 2))
+        predicted: list[tuple[int, Tensor]] = []
+        first, again, other = (_sample(bench, model, seed, steps, predicted) for seed in (1, 1, 2))
         assert tuple(first.shape[1:]) == bench.spec.latents.shape(*self.clip)
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
         assert steps[-1] == len(steps) // 3, "on_step counts the steps done"
+        assert [step for step, _ in predicted] in ([], steps), "on_prediction counts the steps done"
+        assert all(latents.shape == first.shape for _, latents in predicted)
+        assert torch.equal(first, _sample(bench, model, 1, steps)), "who watches changes nothing"
         frames = model.decode(first)
         assert tuple(frames.shape) == (*self.clip, 3)
         assert frames.dtype == torch.uint8
@@ -315,7 +319,9 @@ def _router(share: float) -> Any:
     return route
 
 
-def _sample(bench: FamilyBench, model: Model, seed: int, steps: list[int]) -> Tensor:
+def _sample(
+    bench: FamilyBench, model: Model, seed: int, steps: list[int], predicted: list[tuple[int, Tensor]] | None = None
+) -> Tensor:
     prompt, negative = bench.encode_captions(model, ("a cat walks", ""))
     frames, height, width = bench.clip
     with torch.no_grad():
@@ -333,5 +339,6 @@ def _sample(bench: FamilyBench, model: Model, seed: int, steps: list[int]) -> Te
                 flow_shift=3.0,
                 images={name: tensor for name, tensor in bench.cached[0][0].items() if name != "latents"},
                 on_step=steps.append,
+                on_prediction=None if predicted is None else lambda step, latents: predicted.append((step, latents)),
             )
         )

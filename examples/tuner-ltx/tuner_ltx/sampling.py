@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tuner import flow
 from tuner_ltx.describe import check_sampler
 from tuner_ltx.encode import padded
 from tuner_ltx.model import unpack
@@ -27,6 +28,9 @@ def sample(network: Network, spec: ModelSpec, scheduler_config: Mapping[str, Any
     CPU, so that it does not depend on the device. Raises ConfigError for a sampler that the pipeline cannot use.
     """
     scheduler = make_scheduler(request.scheduler, scheduler_config, request.flow_shift)
+    grid = spec.latents.shape(request.frames, request.height, request.width)[1:]
+    if (tell := request.on_prediction) is not None:
+        flow.watch(scheduler, lambda done, tokens: tell(done, unpack(tokens, grid)))
     prompt, prompt_mask = _prompt(request.prompt, network)
     negative, negative_mask = _prompt(request.negative, network) if request.guidance > 1 else (None, None)
     with torch.no_grad(), _no_registry_left(network.module):
@@ -46,7 +50,7 @@ def sample(network: Network, spec: ModelSpec, scheduler_config: Mapping[str, Any
             return_dict=False,
             callback_on_step_end=_report(request.on_step),
         )[0]
-    return unpack(tokens, spec.latents.shape(request.frames, request.height, request.width)[1:])
+    return unpack(tokens, grid)
 
 
 def _pipeline(network: Network, spec: ModelSpec, scheduler: FlowMatchEulerDiscreteScheduler) -> LTXPipeline:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tuner import flow
 from tuner.errors import ConfigError, nearest
-from tuner_wan.conditions import CLEAN
+from tuner_wan.conditions import CLEAN, CLEAN_LATENT
 from tuner_wan.encode import pad_states
 from tuner_wan.experts import Pair, one_resident
 
@@ -40,6 +41,8 @@ def sample(
     depend on the device.
     """
     scheduler = make_scheduler(request.scheduler, scheduler_config, flow_shift)
+    if request.on_prediction is not None:
+        flow.watch(scheduler, _telling(request.on_prediction, request))
     pipeline, images = _pipeline(spec, request, {"scheduler": scheduler, **_denoisers(network, pair)})
     with torch.no_grad(), _resident(network, pair):
         latents: Tensor = pipeline(
@@ -149,6 +152,18 @@ def _report(on_step: Callable[[int], None] | None) -> Callable[..., dict[str, An
         return tensors
 
     return callback
+
+
+def _telling(tell: Callable[[int, Tensor], None], request: SampleRequest) -> Callable[[int, Tensor], None]:
+    """``tell``, of latents whose first frame is the given one where that goes in without noise."""
+    given = request.images.get(CLEAN_LATENT)
+
+    def telling(done: int, latents: Tensor) -> None:
+        if given is not None and request.frames > 1:
+            latents[:, :, :1] = given.to(latents)
+        tell(done, latents)
+
+    return telling
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tuner.builtin.sampling.sheet import Row, write_contact_sheet
 from tuner.data.progress import progress
 from tuner.files import atomic_write_text
 from tuner.model import Model
+from tuner.validate.results import SamplingStep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,9 +102,23 @@ def _sample_all(run: Run, model: Model, prompts: Sequence[Prompt], settings: Set
                 run.log.warning("validation of %r has no frame to start from: nothing is rendered", prompt.nickname)
                 continue
             with _counted(advance, settings.steps) as on_step:
-                request = settings.request(_on(run, encoded(prompt.text)), negative, on_step, _on(run, given))
+                watching = _watching(run, model, prompt, settings)
+                request = settings.request(_on(run, encoded(prompt.text)), negative, on_step, _on(run, given), watching)
                 renderings.append(Rendering(prompt, model.sample(request).detach().to("cpu", torch.float32)))
     return renderings
+
+
+def _watching(run: Run, model: Model, prompt: Prompt, settings: Settings) -> Callable[[int, Tensor], None] | None:
+    """What tells the plugins each step of a clip's rendering; None where none of them listens."""
+    announce = run.announcer("on_sampling_step") if run.is_main else None
+    if announce is None:
+        return None
+
+    def predicted(step: int, latents: Tensor) -> None:
+        name = prompt.slug + _mark(run)
+        announce(model=model, sampling=SamplingStep(name, prompt.text, step, settings.steps, settings.fps, latents))
+
+    return predicted
 
 
 def _on(run: Run, encoding: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ class Settings:
         negative: Mapping[str, Tensor],
         on_step: Callable[[int], None] | None,
         images: Mapping[str, Tensor] | None = None,
+        on_prediction: Callable[[int, Tensor], None] | None = None,
     ) -> SampleRequest:
         """What a family is asked for one prompt; ``images``: what was encoded of the frames it starts from."""
         from tuner.model import SampleRequest
@@ -68,6 +69,7 @@ class Settings:
             flow_shift=self.flow_shift,
             images=images or {},
             on_step=on_step,
+            on_prediction=on_prediction,
         )
 
     def record(self) -> dict[str, Any]:

@@ -116,6 +116,8 @@ class ToyModel(Model):
         sigmas = flow.shift_sigmas(torch.linspace(1, 0, request.steps + 1, device=device), shift)
         for step in range(request.steps):
             guided = self._guided(request, latents, sigmas[step : step + 1])
+            if request.on_prediction is not None:
+                request.on_prediction(step + 1, latents - sigmas[step] * guided)
             latents = latents + (sigmas[step + 1] - sigmas[step]) * guided
             if request.on_step is not None:
                 request.on_step(step + 1)
