@@ -8,39 +8,44 @@ from typing import Any
 import pytest
 
 from tuner.assembly import assemble
-from tuner.builtin.pending import PendingPlugin
-from tuner.builtin.pending.keys import PendingKeys
+from tuner.builtin.hub import HubConfig, HubPlugin
 from tuner.config import warnings
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
+from tuner.plugin import PluginConfig, key
 
 
-def plugin(**values: object) -> PendingPlugin:
-    return PendingPlugin("pending", build(PendingKeys, values))
+class Pending(PluginConfig):
+    """Keys whose feature is to come."""
+
+    first: bool = key(False, "One.", pending="nothing is done")
+    second: bool = key(False, "Another.", pending="nothing is done")
+    third: str = key("no", "A third.", pending="there is none")
 
 
 def test_keys_without_effect_are_told_when_set_away_from_their_default() -> None:
-    values = {"disable_benchmark": True, "push_to_hub": "false"}
-    told = list(warnings.pending({"core": CoreConfig(), "pending": build(PendingKeys, values)}, values))
-    assert told == ["disable_benchmark has no effect yet: the base model is not rendered at step 0"]
+    values = {"third": "yes", "first": "false"}
+    told = list(warnings.pending({"core": CoreConfig(), "pending": build(Pending, values)}, values))
+    assert told == ["third has no effect yet: there is none"]
 
 
 def test_keys_with_one_reason_share_a_line() -> None:
-    values = {"push_to_hub": True, "push_checkpoints_to_hub": True, "hub_model_id": "a/b"}
-    [told] = warnings.pending({"pending": build(PendingKeys, values)}, values)
-    assert told == "push_to_hub, push_checkpoints_to_hub, hub_model_id have no effect yet: nothing is uploaded"
+    values = {"first": True, "second": True}
+    [told] = warnings.pending({"pending": build(Pending, values)}, values)
+    assert told == "first, second have no effect yet: nothing is done"
 
 
 def test_a_missing_login_is_told_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    asking = plugin(push_to_hub=True)
+    asking = HubPlugin("hub", build(HubConfig, {"push_to_hub": True}))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert [line.rpartition("; ")[2] for line in asking.warnings(CoreConfig())] == ["`hf auth login`"]
+    assert ["`hf auth login`" in line for line in asking.warnings(CoreConfig())] == [True]
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "present")
     assert list(asking.warnings(CoreConfig())) == []
 
 
 def test_nothing_is_said_where_nothing_is_asked() -> None:
-    assert list(plugin().warnings(CoreConfig())) == []
+    assert list(HubPlugin("hub", HubConfig()).warnings(CoreConfig())) == []
     assert list(warnings.pending({"core": CoreConfig()}, ())) == []
 
 

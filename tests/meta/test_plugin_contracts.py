@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tuner.builtin.hub import HubConfig
 from tuner.builtin.pending.keys import PendingKeys
 from tuner.selection import discover
 from tuner.testing.contract import FamilyContract, PluginContract
@@ -125,6 +126,11 @@ class TestOffload(PluginContract):
             "text_encoder_offload",
         }
     )
+
+
+class TestHub(PluginContract):
+    plugin = "hub"
+    legacy_keys = frozenset(HubConfig.model_fields) - {"hub_private"}
 
 
 class TestOptimizers(PluginContract):

@@ -44,7 +44,7 @@ SETTINGS = (
 )
 """Keys whose values the card shows, where they are in the config."""
 _STEP = re.compile(r"step-(\d+)")
-_LORA = re.compile(r"pytorch_lora_weights(\.\w+)?\.safetensors")
+_LORA = re.compile(r"(^|/)pytorch_lora_weights(\.\w+)?\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,13 @@ def _examples(shown: Sequence[Clip]) -> Iterator[str]:
 
 def _use(base: str | None, weights: Sequence[str]) -> Iterator[str]:
     """How to load the weights, where their files have the name that diffusers looks for."""
-    files = [name for name in weights if _LORA.fullmatch(name)]
+    found = [name for name in weights if _LORA.search(name)]
+    folder = min((name.rpartition("/")[0] for name in found), key=len, default="")  # not the averaged weights beside
+    files = [name.rpartition("/")[2] for name in found if name.rpartition("/")[0] == folder]
     if not files:
         return
-    load = [f'pipe.load_lora_weights("{PLACEHOLDER}", weight_name="{name}"{_second(name)})' for name in files]
+    below = f', subfolder="{folder}"' if folder else ""
+    load = [f'pipe.load_lora_weights("{PLACEHOLDER}", weight_name="{name}"{below}{_second(name)})' for name in files]
     yield "\n".join(
         [
             "## Use",

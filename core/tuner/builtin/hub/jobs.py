@@ -78,7 +78,8 @@ def _with_card(run: Run, checkpoint: Path, job: Job) -> Job:
     assert job.held is not None
     clips = card.clips(run.output_dir / "validation")
     manifest: dict[str, Any] = json.loads((checkpoint / checkpoints.MANIFEST).read_text(encoding="utf-8"))
-    weights = [name for name, _ in job.files if not name.startswith("checkpoint-")]
+    useful = {path.name for path in exports(checkpoint)}
+    weights = [name for name, _ in job.files if name.rpartition("/")[2] in useful]
     atomic_write_text(job.held / CARD, card.text(run, manifest, clips, weights))
     shown = [(f"{card.SAMPLES}/{clip.path.name}", clip.path) for clip in clips]
     return replace(job, files=((CARD, job.held / CARD), *shown, *job.files))

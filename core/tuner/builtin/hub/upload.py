@@ -44,8 +44,11 @@ def main() -> None:
 
 def upload(order: dict[str, Any]) -> dict[str, Any]:
     """Carry out an order; returns ``address`` of the commit. Raises whatever the hub's library raises."""
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
+    if get_token() is None:
+        raise LocalTokenNotFoundError("there is no token on this machine")
     api = HfApi()
     made = api.create_repo(order["repository"], private=order["private"], exist_ok=True)
     _say("begun", repository=str(made))
