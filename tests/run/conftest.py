@@ -103,7 +103,10 @@ def state_of() -> Callable[[Path, int], dict[str, dict[str, bytes]]]:
         files = sorted((output / f"checkpoint-{step}").rglob("*.safetensors"))
         assert len(files) >= 3  # adapter, optimizer, LoRA
         return {
-            path.name: {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()} for path in files
+            path.name: {
+                name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in load_file(path).items()
+            }
+            for path in files
         }
 
     return read
