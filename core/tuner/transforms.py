@@ -24,14 +24,21 @@ def collect(run: Run, model: Model, manager: Manager) -> list[Transform]:
     Raises PluginError where two claim one thing, ConfigError where a network would have nothing to train:
     both before any weight is read.
     """
-    found = [
-        transform for _, answer in manager.collect("model_transforms", run=run, model=model) for transform in answer
-    ]
+    found = declared(run, model, manager)
+    for network in model.networks.values():
+        _check(run, network, of(network, found))
+    return found
+
+
+def declared(run: Run, model: Model, manager: Manager) -> list[Transform]:
+    """The same for a model that need not be trained. Raises PluginError where two claim one thing."""
+    answers = manager.collect("model_transforms", run=run, model=model)
+    found = [transform for _, answer in answers for transform in answer]
     quantiser = _quantiser(run)
     if quantiser is not None:
         found.append(quantiser)
     for network in model.networks.values():
-        _check(run, network, of(network, found))
+        _check_claims(network, of(network, found))
     return sorted(found, key=lambda transform: (transform.stage, transform.name))
 
 
@@ -55,7 +62,7 @@ def _quantiser(run: Run) -> Transform | None:
     )
 
 
-def _check(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
+def _check_claims(network: Network, transforms: Sequence[Transform]) -> None:
     owner: dict[str, str] = {}
     for transform in transforms:
         for claim in sorted(transform.claims):
@@ -66,6 +73,9 @@ def _check(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
                     remedy="unload one of them with --without",
                 )
             owner[claim] = transform.name
+
+
+def _check(run: Run, network: Network, transforms: Sequence[Transform]) -> None:
     config, stages = run.config, {transform.stage for transform in transforms}
     if config.checkpointing in ("selective", "offload") and Stage.CHECKPOINT not in stages:
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tuner.builtin.sampling.prompts import Prompt, slug
 from tuner.builtin.sampling.settings import Settings
 from tuner.data.buckets import framing
-from tuner.data.samples import Bucket, Companion, Prepared, Sample, View
+from tuner.data.samples import Bucket, Companion, Decode, Prepared, Sample, View
 from tuner.errors import ConfigError, DataError
 from tuner.files import sha256_of
 
@@ -54,7 +54,9 @@ def starting_samples(
     bucket = Bucket(frames, settings.height, settings.width)
     if run.config.validation_images is not None:
         pictures = chosen_pictures(run.config, prompts, LAST in spec.frames_taken)
-        found = {prompt: _from_pictures(prompt, *pictures[prompt], bucket, data) for prompt in prompts}
+        first = data.samples[0]
+        stores = (first.cache, first.image_cache)
+        found = {prompt: from_pictures(prompt, pictures[prompt], bucket, data.decode, stores) for prompt in prompts}
     else:
         found = dict(_from_datasets(data, prompts, bucket, LAST in spec.frames_taken))
     for prompt, sample in found.items() if run.is_main else ():
@@ -125,8 +127,14 @@ def _suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
-def _from_pictures(prompt: Prompt, first: Path, last: Path | None, bucket: Bucket, data: Prepared) -> Sample:
-    """The sample of a user's picture, in the stores of the first dataset."""
+def from_pictures(
+    prompt: Prompt, pictures: tuple[Path, Path | None], bucket: Bucket, decode: Decode, stores: tuple[Path, Path | None]
+) -> Sample:
+    """The sample of a user's first and last picture; ``stores``: roots of what is encoded of clips, and of images.
+
+    Raises DataError for what is no picture, ConfigError where the two have other aspects.
+    """
+    first, last = pictures
     width, height = _displayed_size(first)
     other_width, other_height = _displayed_size(last or first)
     if abs(width * other_height / (height * other_width) - 1) > TOLERANCE:
@@ -137,7 +145,7 @@ def _from_pictures(prompt: Prompt, first: Path, last: Path | None, bucket: Bucke
         )
     view = View(framing(width, height, bucket), still=True)
     for file in (first, last) if last is not None else (first,):
-        data.decode(file, view, replace(bucket, frames=1))  # what cannot be encoded ends the run now, not later
+        decode(file, view, replace(bucket, frames=1))  # what cannot be encoded ends the run now, not later
     return Sample(
         sample_id=sample_id(prompt),
         dataset_id=KEY,
@@ -150,9 +158,9 @@ def _from_pictures(prompt: Prompt, first: Path, last: Path | None, bucket: Bucke
         fps=0,
         bucket=bucket,
         views=(view,),
-        cache=data.samples[0].cache,
+        cache=stores[0],
         companions=() if last is None else (Companion(LAST, last, sha256_of(last)),),
-        image_cache=data.samples[0].image_cache,
+        image_cache=stores[1],
     )
 
 
