@@ -148,6 +148,11 @@ class TestPlanner(PluginContract):
     legacy_keys = frozenset({"memory_preset", "plan_card"})
 
 
+class TestPreview(PluginContract):
+    plugin = "preview"
+    legacy_keys = frozenset({"validation_preview", "validation_preview_model", "validation_preview_steps"})
+
+
 class TestPriorPreservation(PluginContract):
     plugin = "prior_preservation"
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PREVIEWS = "previews"
+"""Folder in ``validation/step-<n>/`` that has a folder for each clip, named like it: what it looked like on the way."""
+
+
 @dataclass(frozen=True)
 class SamplingStep:
     """Where the rendering of one clip is."""

@@ -28,5 +28,3 @@ class PendingKeys(PluginConfig):
     validation_prompt_library: bool = key(
         False, "Render a built-in set of prompts.", pending="there is no built-in set of prompts"
     )
-    validation_preview: bool = key(False, "Show intermediate frames while sampling.", pending="no previews are made")
-    validation_preview_steps: int = key(1, "Sampling steps between previews.", pending="no previews are made", ge=1)
