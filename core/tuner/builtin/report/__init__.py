@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tuner.builtin.report.reporter import Reporter
     from tuner.model import Model
     from tuner.run import Run
-    from tuner.validate.results import Validation
+    from tuner.validate.results import Preview, Validation
 
 
 class Warnings(logging.Handler):
@@ -76,6 +76,12 @@ class ReportPlugin(Plugin[PluginConfig]):
         """Take the clips."""
         if self._reporter is not None and validation.media:
             self._reporter.validation(run, plugin, validation.media)
+
+    @hookimpl
+    def on_preview(self, run: Run, preview: Preview) -> None:
+        """Take the sheet of a clip's previews."""
+        if self._reporter is not None and preview.sheet is not None:
+            self._reporter.sheet(run.step, preview.sheet)
 
     @hookimpl
     def on_checkpoint(self, run: Run, checkpoint: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from tuner.validate.results import PREVIEWS
+
 VIDEOS = frozenset({".mp4", ".webm"})
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif"})
 SHEET = "contact-sheet"
@@ -23,7 +25,8 @@ class Media:
 
     output_dir: Path
     cells: dict[str, dict[int, dict[str, str]]] = field(default_factory=dict)
-    """name of a clip (``cat``, ``cat@ema``) -> step -> ``video`` and ``picture``, paths from the output folder"""
+    """name of a clip (``cat``, ``cat@ema``) -> step -> ``video``, ``picture``, and ``previews`` (what it was like while
+    it was sampled): paths from the output folder"""
     sheets: dict[str, str] = field(default_factory=dict)
     """path of a contact sheet -> what it is called"""
     prompts: dict[str, str] = field(default_factory=dict)
@@ -34,7 +37,7 @@ class Media:
         """Take every ``validation/step-<n>/`` of the output folder."""
         for folder in (self.output_dir / "validation").glob("step-*"):
             if (step := _STEP.fullmatch(folder.name)) and folder.is_dir():
-                self.add(int(step[1]), sorted(folder.iterdir()))
+                self.add(int(step[1]), sorted((*folder.iterdir(), *folder.glob(f"{PREVIEWS}/*/sheet.*"))))
 
     def add(self, step: int, paths: Iterable[Path]) -> None:
         """Take the files of a validation; those that are gone, or outside the output folder, are left out."""
@@ -43,6 +46,9 @@ class Media:
             if suffix not in VIDEOS | PICTURES or not path.is_file() or name.startswith("."):
                 continue
             if (relative := self._relative(path)) is None:
+                continue
+            if path.parent.parent.name == PREVIEWS:
+                self.cells.setdefault(path.parent.name, {}).setdefault(step, {})["previews"] = relative
                 continue
             if name.partition("@")[0] == SHEET:
                 self.sheets[relative] = f"step {step}" + (f" ({name.partition('@')[2]})" if "@" in name else "")

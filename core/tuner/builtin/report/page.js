@@ -168,8 +168,9 @@ function drawClips() {
     const card = node("figure", {}, node("figcaption", {}, row.name));
     if (at === undefined) return card.append(node("p", {}, "not rendered yet")), card;
     const cell = row.cells[at];
-    card.append(cell.video ? video(cell) : node("img", { src: cell.picture, alt: row.name, loading: "lazy" }));
+    card.append(cell.video ? video(cell) : node("img", { src: cell.picture || cell.previews, alt: row.name, loading: "lazy" }));
     card.append(node("p", {}, (at === chosen ? "" : `step ${at}. `) + row.prompt));
+    if (cell.previews) card.append(node("p", {}, node("a", { href: cell.previews }, "While it was sampled")));
     return card;
   }));
 }

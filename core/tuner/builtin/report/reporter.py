@@ -71,6 +71,12 @@ class Reporter:
         text = f"{plugin} at step {run.step}{weights}: {len(inside)} files"
         self.event("validation", text, step=run.step, media=[path.as_posix() for path in inside])
 
+    def sheet(self, step: int, path: Path) -> None:
+        """Take the previews of a clip, and write the page if it is time."""
+        self._story.media.add(step, [path])
+        if monotonic() >= self._next:
+            self._write()
+
     def end(self, run: Run, error: BaseException | None) -> None:
         """Note how the run ended and write the last page."""
         if error is None:
