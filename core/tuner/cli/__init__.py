@@ -9,7 +9,7 @@ import traceback
 import typer
 
 from tuner import processes
-from tuner.cli import cache, check, convert, extract, inspect, launch, merge, plan, plugins, report_command, run
+from tuner.cli import cache, check, convert, extract, inspect, launch, merge, plan, plugins, report_command, run, sample
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("launch", context_settings=_KEYS_AS_FLAGS)(launch.launch)
 app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
 app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
 app.command("plan", context_settings=_KEYS_AS_FLAGS)(plan.plan)
+app.command("sample", context_settings=_KEYS_AS_FLAGS)(sample.sample)
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("extract")(extract.extract)

@@ -42,15 +42,17 @@ def read_settings(
     plugins: Sequence[str] | None = None,
     without: Sequence[str] = (),
     catalog: Catalog | None = None,
+    file: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The flat config of a command: file, environment and flags, the later over the earlier.
 
-    ``arguments`` are the flags that the command itself does not know. Raises ConfigError.
+    ``arguments`` are the flags that the command itself does not know; ``file`` is what the file at ``path`` holds,
+    where that is known already. Raises ConfigError.
     """
     catalog = catalog or Catalog()
     flags = parse_flags(arguments, "command line")
     extra = parse_flags(_split_extra(environ), EXTRA)
-    file = raw_config(path)
+    file = raw_config(path) if file is None else file
     wanted = Wanted.read({**file, **extra, **flags}, plugins, without)
     wanted.check(catalog)
     index = KeyIndex(catalog, wanted.certain(catalog))

@@ -20,17 +20,19 @@ BT709 = 1
 LIMITED_RANGE = 1
 
 
-def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
+def write_mp4(path: Path, frames: NDArray[np.uint8], fps: float, *, comment: str = "") -> None:
     """Write ``frames`` (F, H, W, 3) uint8 RGB as H.264 at ``fps`` frames per second, at once or not at all.
 
     The pixel format that plays everywhere (yuv420p) has even sizes only: an odd edge gets its last row or
-    column twice. Raises ValueError for another shape or type.
+    column twice. ``comment`` goes into the file's metadata. Raises ValueError for another shape or type.
     """
     import av
 
     _check(frames)
     padded = _even(frames)
     with atomic_path(path) as temporary, av.open(str(temporary), "w", options={"movflags": "+faststart"}) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         _configure(stream, padded.shape[2], padded.shape[1])
         for picture in padded:
@@ -48,6 +50,17 @@ def _configure(stream: VideoStream, width: int, height: int) -> None:
     context: Any = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = LIMITED_RANGE
+
+
+def read_evenly(path: Path, count: int) -> NDArray[np.uint8]:
+    """At most ``count`` evenly spaced frames (F, H, W, 3) of a clip or picture that was written here."""
+    import av
+
+    with av.open(str(path)) as container:
+        # Compressed colours take half the room of RGB: a long clip is held whole.
+        frames = list(container.decode(video=0))
+    places = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    return np.stack([frames[place].to_ndarray(format="rgb24") for place in places])
 
 
 def write_png(path: Path, picture: NDArray[np.uint8]) -> None:

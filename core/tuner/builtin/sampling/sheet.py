@@ -88,6 +88,19 @@ def contact_sheet(rows: Sequence[Row], *, title: str, subtitle: str = "") -> Ima
     return sheet
 
 
+def labelled(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """``picture`` (H, W, 3) with ``text`` in a corner, to be read on a thumbnail of it."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(picture)
+    draw, font = ImageDraw.Draw(image), _fonts(max(1, round(NAME_SIZE * max(image.size) / CELL)))[0]
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    draw.rectangle((0, 0, left + right, top + bottom), fill=BACKGROUND)
+    draw.text((0, 0), text, font=font, fill=BRIGHT)
+    return np.asarray(image)
+
+
 def _thumbnails(frames: NDArray[np.uint8]) -> Iterator[Image.Image]:
     from PIL import Image
 
