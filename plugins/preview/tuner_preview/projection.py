@@ -65,7 +65,7 @@ def solve(places: Tensor, colours: Tensor) -> Projection:
     centre, mean = values.mean(0), wanted.mean(0)
     values, wanted = values - centre, wanted - mean
     moments = values.T @ values
-    penalty = RIDGE * moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    penalty = RIDGE * moments.diagonal().mean().clamp(min=1e-12)
     matrix = torch.linalg.solve(moments + penalty * torch.eye(len(moments), dtype=torch.float64), values.T @ wanted)
     spread, missed = wanted.square().sum(), (wanted - values @ matrix).square().sum()
     explained = 1 - float(missed / spread) if spread > 0 else 1.0
