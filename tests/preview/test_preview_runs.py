@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tuner import pipeline
 from tuner.assembly import assemble
+from tuner.builtin.report.story import Story
 from tuner.errors import ConfigError, ModelError
 from tuner.spec import LatentGeometry
 from tuner.testing.toy.describe import LATENTS
@@ -104,6 +105,7 @@ def test_listeners_hear_of_each_preview_and_the_report_shows_them(
     assert cells["red"]["2"]["previews"] == "../validation/step-2/previews/red/sheet.webp"
     assert set(cells) == {"red", "a_cat"}
     assert cells["red"]["2"].keys() == {"video", "picture", "previews"}
+    assert Story.read(output).media.as_json() == data["media"], "and when it is made anew from the files"
 
 
 def test_a_tiny_autoencoder_decodes_them(make_settings: Settings, write_tiny: Write) -> None:

@@ -164,6 +164,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_mp4(place / f"{name}.mp4", frames, 16)
             write_png(place / f"{name}.png", frames[4])
         write_png(place / "contact-sheet.png", frames[0])
+        write_png(place / "previews" / "cat" / "sheet.png", frames[0])
         prompts = [
             {"nickname": "cat", "prompt": "a </script><script>alert(1)</script> cat", "files": ["cat.mp4", "cat.png"]}
         ]

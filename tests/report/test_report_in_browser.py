@@ -54,6 +54,8 @@ def test_clips_follow_the_slider_and_play(browser: Browser, written: str) -> Non
     assert browser.do("document.querySelector('#clips p').textContent") == "a </script><script>alert(1)</script> cat"
     sources = "[...document.querySelectorAll('#clips video')].map((each) => each.getAttribute('src'))"
     assert browser.do(sources)[2] == "../validation/step-3000/dog%20%232.mp4"
+    links = "[...document.querySelectorAll('#clips a')].map((each) => each.getAttribute('href'))"
+    assert browser.do(links) == ["../validation/step-3000/previews/cat/sheet.png"]
     browser.do(
         "(() => { const it = document.getElementById('step'); it.value = 0; it.dispatchEvent(new Event('input')); })()"
     )
