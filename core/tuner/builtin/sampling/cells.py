@@ -74,11 +74,24 @@ def is_whole(folder: Path, cell: Cell, record: Mapping[str, Any]) -> bool:
             raise _taken(strange[0], "there is no record beside it of how it was rendered")
         return False
     held = _held(path)
-    differing = sorted(key for key in {*held, *record} - set(FREE) if held.get(key) != record.get(key))
-    if differing:
-        raise _taken(path, f"it was rendered with other {', '.join(differing)}")
+    if differing := sorted(_differing(held, record)):
+        raise _taken(path, f"it was rendered otherwise ({', '.join(differing)})")
     files: Mapping[str, str] = held.get("files") or {}
     return bool(files) and all((folder / name).is_file() for name in files) and _unchanged(folder, files)
+
+
+def _differing(held: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
+    """What differs, such as ``steps 30, now 20``."""
+    for key in {*held, *record} - set(FREE):
+        former, now = held.get(key), record.get(key)
+        if former == now:
+            continue
+        if isinstance(former, Mapping) and isinstance(now, Mapping):
+            yield from _differing(former, now)
+        elif isinstance(former, str | int | float) and isinstance(now, str | int | float):
+            yield f"{key} {former}, now {now}"
+        else:
+            yield key
 
 
 def _unchanged(folder: Path, files: Mapping[str, str]) -> bool:
