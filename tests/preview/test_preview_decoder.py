@@ -130,3 +130,14 @@ def test_frame_by_frame_is_the_whole_at_once(layout: Layout, write_tiny: Write) 
     assert frames.shape == (3 * layout.stride_time + 1, 3, 3 * layout.stride_space, 5 * layout.stride_space)
     torch.testing.assert_close(frames, reference(load_file(path), latents, layout), atol=1e-5, rtol=1e-4)
     assert frames.std() > 0.05
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu_shows_the_same(write_tiny: Write) -> None:
+    path = write_tiny(SMALL)
+    latents = torch.randn(3, SMALL.channels, 4, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = torch.cat(list(TinyDecoder.read(path, SMALL, torch.float32).frames(latents)))
+        half = TinyDecoder.read(path, SMALL, torch.float16).to("cuda")
+        shown = torch.cat([piece.float().cpu() for piece in half.frames(latents.to("cuda", torch.float16))])
+    assert (shown - exact).abs().mean() < 0.01

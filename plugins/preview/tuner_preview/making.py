@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tuner.validate.results import PREVIEWS, Preview
-from tuner_preview.pictures import Shown, evenly, write_moving, write_sheet
+from tuner_preview.pictures import COLUMNS, Shown, evenly, write_moving, write_sheet
 from tuner_preview.projection import Projection, fit
 from tuner_preview.tiny import TinyDecoder
 
@@ -67,7 +67,7 @@ class Maker:
         write_moving(path, frames, pixel_frames / sampling.fps)
         # A clip whose sampling was broken off left its previews here.
         before = [each for each in self._shown.pop(sampling.name, []) if each.step < sampling.step]
-        shown = [*before, Shown(sampling.step, frames)]
+        shown = [*before, Shown(sampling.step, frames[evenly(len(frames), COLUMNS)])]
         sheet = folder / SHEET if last else None
         if sheet is not None:
             write_sheet(sheet, shown)

@@ -32,7 +32,7 @@ class Shown:
     step: int
     """Sampling steps done."""
     frames: Frames
-    """(F, H, W, 3)"""
+    """(F, H, W, 3), at most :data:`COLUMNS` of them"""
 
 
 def write_moving(path: Path, frames: Frames, seconds: float) -> None:

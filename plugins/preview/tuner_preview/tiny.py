@@ -55,8 +55,8 @@ class Grow(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N * times, C, H, W), in the order of time, of (N, C, H, W)."""
-        grown: Tensor = self.conv(frames)
-        return grown.unflatten(1, (self.times, -1)).flatten(0, 1)
+        grown: Tensor = self.conv(frames).unflatten(1, (self.times, -1)).flatten(0, 1)
+        return grown
 
 
 class TinyDecoder(nn.Module):
