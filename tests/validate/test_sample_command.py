@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
 
-def adapter(model: Path, path: Path, form: str = "diffusers", seed: int = 0, **metadata: str) -> Path:
+def adapter(model: Path, path: Path, form: str = "diffusers", seed: int = 0, metadata: Mapping[str, str] = {}) -> Path:
     """A LoRA of the attention of a model's first denoiser."""
     target, draw = models.targets(model)[0], torch.Generator().manual_seed(seed)
     updates = {
@@ -71,7 +71,7 @@ def adapter(model: Path, path: Path, form: str = "diffusers", seed: int = 0, **m
     }
     tensors, said = FORMATS[form].write(AdapterFile(updates), target.spec)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(tensors, said | metadata, path)
+    save(tensors, {**said, **metadata}, path)
     return path
 
 
@@ -251,7 +251,7 @@ def test_another_models_adapter_is_refused_before_weights_are_read(
     lora = adapter(other, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"64 of 64 keys do not fit the model: transformer\.blocks\.0\.attn1"):
         sample(t2v, "--lora", lora)
-    expert = adapter(t2v, tmp_path / "expert.safetensors", **{"tuner.expert": "low_noise"})
+    expert = adapter(t2v, tmp_path / "expert.safetensors", metadata={"tuner.expert": "low_noise"})
     with pytest.raises(ConfigError, match="trained on the expert 'low_noise'"):
         sample(base("t2v-14b-2.2-high"), "--lora", expert, flavour="t2v-14b-2.2-high")
     for words, message in (

@@ -74,7 +74,7 @@ def sample(
         given["validation_negative_prompt"] = negative_prompt
     if prompts is not None or prompt:
         given |= {"validation_prompt": prompt[0] if prompt else None, "user_prompt_library": prompts}
-    assembly = _assembly(context, config, plugins, without, strict, given)
+    assembly = _settled(_assembly(context, config, plugins, without, strict, given))
     print_assembly(assembly)
     from tuner.builtin.sampling.sample import Wishes
 
@@ -116,6 +116,18 @@ def _assembly(
     if settings.get("model_type") == "full":
         settings.put({"model_type": "lora"}, "`tuner sample`, which trains nothing")
     return assemble(settings, plugins=listed, without=left_out, strict=strict or None, catalog=catalog)
+
+
+def _settled(assembly: Assembly) -> Assembly:
+    """With what plugins propose. Raises what they raise, which may be that the data they look at are not there."""
+    from tuner.assembly import settle
+    from tuner.errors import TunerError
+
+    try:
+        return settle(assembly)
+    except TunerError as error:
+        error.add_note("a key such as memory_preset looks at the data: set it to none to render without them")
+        raise
 
 
 def _prompts(core: CoreConfig, texts: list[str]) -> tuple[Prompt, ...]:

@@ -130,7 +130,8 @@ def _decomposed(update: Update, weight: Tensor, bias: Tensor | None, device: tor
         shape = (-1, *[1] * _kernel_axes(layer))
         linear = output if constant is None else output - constant.reshape(shape)
         scale = gain.reshape(shape)
-        return (scale - 1) * linear + scale * product(layer, rows, output)
+        added: Tensor = (scale - 1) * linear + scale * product(layer, rows, output)
+        return added
 
     return term
 
@@ -143,7 +144,9 @@ def _add(layer: nn.Module, terms: Iterable[Term], share: float, strength: Streng
         factor = share * strength.value
         if factor == 0:
             return None
-        added = sum((term(layer, given[0], output) for term in every[1:]), every[0](layer, given[0], output))
+        added = every[0](layer, given[0], output)
+        for term in every[1:]:
+            added = added + term(layer, given[0], output)
         return output + (added * factor).to(output.dtype)
 
     layer.register_forward_hook(hook)

@@ -135,7 +135,8 @@ def _grid(plan: Plan) -> list[Row]:
 
 
 def _poster(plan: Plan, cell: Cell) -> NDArray[np.uint8]:
-    return read_evenly(next(media_paths(plan.folder, cell)), 1)[0]
+    picture, _ = media_paths(plan.folder, cell)
+    return np.asarray(read_evenly(picture, 1)[0])
 
 
 def _column(cell: Cell, by_strength: bool) -> str:

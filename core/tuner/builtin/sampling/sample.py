@@ -15,7 +15,7 @@ from tuner.builtin.sampling.adapters import Chosen, choose
 from tuner.builtin.sampling.branches import Strength, attach
 from tuner.builtin.sampling.cells import Cell, cells, is_whole
 from tuner.builtin.sampling.images import KEY, LAST, chosen_pictures, from_pictures
-from tuner.builtin.sampling.prompts import Prompt
+from tuner.builtin.sampling.prompts import Prompt, placeholders
 from tuner.builtin.sampling.settings import Settings, settings_for
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Decode, Prepared, Sample
@@ -102,7 +102,8 @@ def plan(assembly: Assembly, wishes: Wishes, decode: Decode) -> tuple[Plan, list
     """
     run = new_run(assembly)
     spec = pipeline.describe(run, assembly.manager)
-    settings, notes = settings_for(run, spec)
+    settings, _ = settings_for(run, spec)  # the plugin says what is not quite as asked
+    notes = list(_assumed(run, settings, wishes))
     missing = [network.name for network in spec.networks if not network.weights]
     if wishes.loras and missing:
         raise ModelError(
@@ -119,6 +120,17 @@ def plan(assembly: Assembly, wishes: Wishes, decode: Decode) -> tuple[Plan, list
     clips = cells(wishes.prompts, strengths, wishes.seeds or (settings.seed,))
     starts = _starting(run, spec, wishes, settings, decode)
     return Plan(run, spec, settings, tuple(adapters), tuple(clips), wishes.folder, tuple(starts)), notes
+
+
+def _assumed(run: Run, settings: Settings, wishes: Wishes) -> Iterator[str]:
+    """Lines for what nobody said, and for prompts that look unfinished."""
+    if run.config.validation_resolution is None or run.config.validation_num_video_frames is None:
+        yield (
+            f"rendered at {settings.width}x{settings.height} with {settings.frames} frames: set validation_resolution "
+            "and validation_num_video_frames for others"
+        )
+    if unfilled := placeholders(each for each in wishes.prompts if each.text != run.config.validation_prompt):
+        yield f"prompts are rendered with {', '.join(unfilled)} as it stands: write the name you trained"
 
 
 def outstanding(plan: Plan) -> list[Cell]:
@@ -140,7 +152,7 @@ def _starting(run: Run, spec: ModelSpec, wishes: Wishes, settings: Settings, dec
     bucket = Bucket(frames, settings.height, settings.width)
     pictures = chosen_pictures(run.config, wishes.prompts, LAST in spec.frames_taken)
     root = cache_root(run, wishes.folder)
-    stores = (root / "vae", root / "images" if spec.conditioning_frames else None)
+    stores = (root / "vae" / KEY, root / "images" if spec.conditioning_frames else None)
     for prompt in wishes.prompts:
         yield from_pictures(prompt, pictures[prompt], bucket, decode, stores)
 
