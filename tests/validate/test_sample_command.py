@@ -279,9 +279,7 @@ def test_the_adapter_of_a_checkpoint_or_of_ema_in_it(t2v: Path, tmp_path: Path) 
     assert record["adapters"][0]["sha256"] == sha256_of(lora) != averaged["adapters"][0]["sha256"]
 
 
-def test_a_second_run_renders_what_is_missing_and_overwrites_nothing(
-    t2v: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_run_renders_what_is_missing_and_overwrites_nothing(t2v: Path, tmp_path: Path) -> None:
     sample(t2v, "--output", "out", "--seeds", "1,2")
     written = {path: path.read_bytes() for path in Path("out").glob("*.*")}
     assert "2 of them are there already\nwrote 0 clips" in sample(t2v, "--output", "out", "--seeds", "1,2")
@@ -290,6 +288,9 @@ def test_a_second_run_renders_what_is_missing_and_overwrites_nothing(
     told = sample(t2v, "--output", "out", "--seeds", "1,2")
     assert "clips: 2, 1 of them are there already" in told
     assert {path: path.read_bytes() for path in written} == written
+    other = build_tiny(tmp_path / "other" / t2v.name, layers=4, seed=1)
+    with pytest.raises(ConfigError, match=r"it was rendered otherwise \(sampled_sha256 \w+, now \w+\)"):
+        sample(other, "--output", "out", "--seeds", "1")
     with pytest.raises(ConfigError, match=r"is there already, and it was rendered otherwise \(steps 3, now 4\)"):
         sample(t2v, "--output", "out", "--seeds", "1", "--validation_num_inference_steps", "4")
     Path("out/a_red_circle_seed-5.mp4").write_bytes(b"mine")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from tuner.builtin.sampling.branches import Strength, attach
 from tuner.builtin.sampling.cells import Cell, cells, is_whole
 from tuner.builtin.sampling.images import KEY, LAST, chosen_pictures, from_pictures
 from tuner.builtin.sampling.prompts import Prompt, placeholders
+from tuner.builtin.sampling.provenance import model_record
 from tuner.builtin.sampling.settings import Settings, settings_for
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Decode, Prepared, Sample
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 OF_TRAINING = (Stage.ADAPT, Stage.CHECKPOINT)
 """Edits of the model that rendering has no use for."""
-COMPUTED = ("mixed_precision", "base_model_precision", "base_model_default_dtype", "attention_mechanism")
-"""Keys beside the sampler's that change what is rendered."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ class Plan:
     adapters: tuple[Chosen, ...]
     cells: tuple[Cell, ...]
     folder: Path
+    model: Mapping[str, Any]
+    """What records say of it."""
     starts: tuple[Sample, ...] = ()
     """The pictures that clips start from."""
 
@@ -72,7 +73,6 @@ class Plan:
 
     def record(self, cell: Cell) -> dict[str, Any]:
         """Everything that is needed to render ``cell`` again."""
-        spec, config = self.spec, self.run.config
         pictures = {
             name: {"file": path.name, "sha256": digest}
             for sample in self.starts
@@ -84,8 +84,7 @@ class Plan:
         }
         return {
             "tuner": __version__,
-            "model": {"family": spec.family, "flavour": spec.flavour, "base": spec.public_base},
-            "computed": {key: getattr(config, key) for key in COMPUTED},
+            "model": self.model,
             "adapters": [each.record() for each in self.adapters],
             "strength": cell.strength,
             "prompt": cell.prompt.text,
@@ -119,7 +118,8 @@ def plan(assembly: Assembly, wishes: Wishes, decode: Decode) -> tuple[Plan, list
     strengths: Sequence[float | None] = (wishes.strengths or (1.0,)) if adapters else (None,)
     clips = cells(wishes.prompts, strengths, wishes.seeds or (settings.seed,))
     starts = _starting(run, spec, wishes, settings, decode)
-    return Plan(run, spec, settings, tuple(adapters), tuple(clips), wishes.folder, tuple(starts)), notes
+    model = model_record(run, spec)
+    return Plan(run, spec, settings, tuple(adapters), tuple(clips), wishes.folder, model, tuple(starts)), notes
 
 
 def _assumed(run: Run, settings: Settings, wishes: Wishes) -> Iterator[str]:
