@@ -60,14 +60,14 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def adapter(model: Path, path: Path, form: str = "diffusers", seed: int = 0, metadata: Mapping[str, str] = {}) -> Path:
-    """A LoRA of the attention of a model's first denoiser."""
+    """A LoRA of every matrix in the blocks of a model's first denoiser."""
     target, draw = models.targets(model)[0], torch.Generator().manual_seed(seed)
     updates = {
         module: low_rank(
             torch.randn(4, shape[1], generator=draw) * 0.4, torch.randn(shape[0], 4, generator=draw) * 0.4, 6.0
         )
         for module, shape in target.shapes.items()
-        if ".attn" in module and len(shape) == 2
+        if module.startswith("blocks.") and len(shape) == 2
     }
     tensors, said = FORMATS[form].write(AdapterFile(updates), target.spec)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,12 @@ def test_a_clip_starts_from_a_picture(base: Callable[[str], Path], tmp_path: Pat
     [
         {"base_model_precision": "fp8-scaled"},
         {"enable_group_offload": "true"},
+        {"enable_chunked_feed_forward": "true", "feed_forward_chunk_size": "5", "wan_lean_blocks": "true"},
         {"base_model_precision": "fp8-scaled", "enable_group_offload": "true", "group_offload_type": "leaf_level"},
     ],
     ids=lambda keys: "+".join(keys),
 )
-def test_quantised_and_streamed_bases_take_adapters(keys: dict[str, str], t2v: Path, tmp_path: Path) -> None:
+def test_quantised_streamed_and_rewritten_bases_take_adapters(keys: dict[str, str], t2v: Path, tmp_path: Path) -> None:
     lora = adapter(t2v, tmp_path / "my.safetensors")
     flags = [word for key, value in keys.items() for word in (f"--{key}", value)]
     sample(t2v, "--lora", lora, "--strengths", "0,1", "--output", "out", "--seeds", "1", *flags)
@@ -204,7 +205,26 @@ def test_quantised_and_streamed_bases_take_adapters(keys: dict[str, str], t2v: P
     if "base_model_precision" in keys:
         assert error < moved / 4, "a quantised base is a little off; the adapter is the same"
     else:
-        assert np.array_equal(adapted, plain)
+        assert alike(adapted, plain)
+
+
+def test_a_training_config_is_enough_and_its_data_are_not_looked_at(t2v: Path, tmp_path: Path) -> None:
+    config = {
+        "model_family": "wan", "model_type": "full", "pretrained_model_name_or_path": str(t2v), "output_dir": "run",
+        "data_backend_config": "gone.json", "validation_prompt": "a cat", "validation_resolution": "48x32",
+        "validation_num_video_frames": 5, "validation_num_inference_steps": 1, "validation_seed": 8,
+        "mixed_precision": "no",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lora = adapter(t2v, tmp_path / "my.safetensors")
+    done = CliRunner().invoke(app, ["sample", "--config", "config.json", "--lora", str(lora), "--strengths", "1,-0.5"])
+    assert done.exception is None, done.output
+    names = {f"validation_strength-{strength}_seed-8.mp4" for strength in ("1", "-0.5")}
+    assert {path.name for path in Path("run/samples").glob("*.mp4")} == names
+    done = CliRunner().invoke(app, ["sample", "--config", "config.json", "--prompt", "a dog", "--validation_seed", "9"])
+    assert done.exception is None, done.output
+    assert Path("run/samples/a_dog_seed-9.mp4").exists()
+    assert not list(Path("run/samples").glob("validation_seed-*")), "typed prompts stand for the config's"
 
 
 def test_the_record_holds_everything_and_the_clip_has_it_too(t2v: Path, tmp_path: Path) -> None:
@@ -249,7 +269,7 @@ def test_another_models_adapter_is_refused_before_weights_are_read(
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("weights"))
     other = build_tiny(tmp_path / "wider", layers=4, heads=3)
     lora = adapter(other, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"64 of 64 keys do not fit the model: transformer\.blocks\.0\.attn1"):
+    with pytest.raises(CheckpointError, match=r"80 of 80 keys do not fit the model: transformer\.blocks\.0\.attn1"):
         sample(t2v, "--lora", lora)
     expert = adapter(t2v, tmp_path / "expert.safetensors", metadata={"tuner.expert": "low_noise"})
     with pytest.raises(ConfigError, match="trained on the expert 'low_noise'"):
