@@ -54,6 +54,7 @@ def public_names(latent_channels: int, pixels: int) -> dict[str, tuple[int, ...]
 def test_names_and_shapes_are_those_of_the_public_files(layout: Layout, channels: int, pixels: int) -> None:
     expected = public_names(channels, pixels)
     assert layout.shapes() == expected
+    assert len(expected) == 64
     with torch.device("meta"):
         state = TinyDecoder(layout).state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == expected

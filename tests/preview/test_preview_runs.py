@@ -125,13 +125,15 @@ def test_a_preview_that_fails_is_said_once_and_ends_nothing(
     whole = run(make_settings("whole"))
     caplog.clear()
 
-    def fails(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+    def fails(maker: Maker, run: Any, model: Any, latents: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory, {latents.sum():.4f} GiB.\nSee the documentation")
 
     monkeypatch.setattr(Maker, "_frames", fails)
     output = run(make_settings())
     said = [record.getMessage() for record in caplog.records if "preview of" in record.getMessage()]
-    assert said == ["preview of 'red' at sampling step 5 failed, rendering goes on: CUDA out of memory."]
+    assert len(said) == 1
+    assert said[0].startswith("preview of 'red' at sampling step 5 failed, rendering goes on: CUDA out of memory, ")
+    assert said[0].endswith("GiB.")
     assert results(output) == results(whole)
     assert not list(output.rglob("*.webp"))
 

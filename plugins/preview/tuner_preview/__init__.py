@@ -130,6 +130,7 @@ def _renders_nothing(run: Run) -> str | None:
     if "sampling" not in run.plugins:
         return "what renders them, the plugin sampling, is left out"
     prompts = bool(run.config.validation_prompt) or run.config.user_prompt_library is not None
-    # A library of prompts that comes with a plugin, where one has it.
+    # Prompts that come with a plugin, where one has them.
     prompts |= any(getattr(each.config, "validation_prompt_library", False) for each in run.plugins.values())
+    prompts |= bool(getattr(run.config, "validation_prompt_library", False))
     return None if prompts else "there is no prompt to render"

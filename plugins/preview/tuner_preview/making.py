@@ -46,18 +46,19 @@ class Maker:
         try:
             preview = self._made(run, model, sampling, last)
         except Exception as error:  # also out of memory: the device has what it had before
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if reason not in self._said:
-                self._said.add(reason)
-                run.log.warning(
-                    "preview of %r at sampling step %d failed, rendering goes on: %s",
-                    sampling.name,
-                    sampling.step,
-                    reason,
-                )
+            self._say(run, sampling, error)
             return
         if (announce := run.announcer("on_preview")) is not None:
             announce(preview=preview)
+
+    def _say(self, run: Run, sampling: SamplingStep, error: Exception) -> None:
+        """Say what failed, once for each kind of error: most fail in every step again, with other numbers in them."""
+        kind = type(error).__name__
+        if kind not in self._said:
+            self._said.add(kind)
+            reason = str(error).strip().partition("\n")[0] or kind
+            where = (sampling.name, sampling.step)
+            run.log.warning("preview of %r at sampling step %d failed, rendering goes on: %s", *where, reason)
 
     def _made(self, run: Run, model: Model, sampling: SamplingStep, last: bool) -> Preview:
         frames = self._frames(run, model, sampling.latents)
