@@ -262,6 +262,22 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class LayerSkip:
+    """Skip-layer guidance: away from what the network predicts for the prompt without some of its blocks.
+
+    As ``diffusers.guiders.SkipLayerGuidance`` does it, whose words these are.
+    """
+
+    layers: tuple[int, ...]
+    """Blocks that are left out, from 0."""
+    scale: float
+    start: float
+    """Fraction of the steps after which it begins."""
+    stop: float
+    """Fraction of the steps before which it ends."""
+
+
+@dataclass(frozen=True)
 class SampleRequest:
     """What validation asks a family to render."""
 
@@ -278,6 +294,9 @@ class SampleRequest:
     flow_shift: float | None
     guidance_2: float | None = None
     """Guidance of the expert of low noise, where there are two; None is the same."""
+    rescale: float = 0.0
+    """How far the guided prediction is brought back to the deviation of the unguided one (arXiv:2305.08891, 3.4)."""
+    layer_skip: LayerSkip | None = None
     images: Mapping[str, Tensor] = field(default_factory=dict)
     """What ``encode_batch`` gave, beside ``latents``, for the frames that the clip starts from (and ends at); empty
     where the model takes none."""
@@ -295,6 +314,8 @@ class Model(ABC):
     spec: ModelSpec
     networks: dict[str, Network]
     components: dict[str, Component]
+    guidance: frozenset[str] = frozenset()
+    """What of a SampleRequest it heeds beside plain guidance: ``rescale``, ``layer_skip``."""
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ OTHER_EXPERT = "other_expert"
 class WanModel(Model):
     """A Wan model with one denoiser to train, or the two experts of Wan 2.2."""
 
+    guidance = frozenset({"rescale", "layer_skip"})
+
     def __init__(
         self,
         spec: ModelSpec,

@@ -14,6 +14,7 @@ from tuner.errors import ConfigError, nearest
 from tuner_wan.conditions import CLEAN, CLEAN_LATENT
 from tuner_wan.encode import pad_states
 from tuner_wan.experts import Pair, one_resident
+from tuner_wan.sampling_guidance import guided
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -44,7 +45,7 @@ def sample(
     if request.on_prediction is not None:
         flow.watch(scheduler, _telling(request.on_prediction, request))
     pipeline, images = _pipeline(spec, request, {"scheduler": scheduler, **_denoisers(network, pair)})
-    with torch.no_grad(), _resident(network, pair):
+    with torch.no_grad(), _resident(network, pair), guided(request, scheduler, _scales(network, pair, request)):
         latents: Tensor = pipeline(
             prompt_embeds=_states(request.prompt, network),
             negative_prompt_embeds=_states(request.negative, network) if request.guidance > 1 else None,
@@ -82,6 +83,17 @@ def _pipeline(spec: ModelSpec, request: SampleRequest, parts: Mapping[str, Any])
     pipeline.vae_scale_factor_spatial = spec.latents.stride_space
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, images
+
+
+def _scales(network: Network, pair: Pair | None, request: SampleRequest) -> list[tuple[nn.Module, float]]:
+    """The denoisers, each with its guidance scale; 1 where the pipeline does not run the negative prompt."""
+    if request.guidance <= 1:
+        modules = [network.module] if pair is None else [pair.high.module, pair.low.module]
+        return [(module, 1.0) for module in modules]
+    if pair is None:
+        return [(network.module, request.guidance)]
+    low = request.guidance if request.guidance_2 is None else request.guidance_2
+    return [(pair.high.module, request.guidance), (pair.low.module, low)]
 
 
 def _denoisers(network: Network, pair: Pair | None) -> dict[str, Any]:
