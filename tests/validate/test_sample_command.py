@@ -29,6 +29,8 @@ from tuner_wan.tiny import build_tiny
 
 torch.set_num_threads(1)
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the command renders, too."""
 PROMPT, NEGATIVE = "a red circle", "ugly"
 SIZE = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 5.0}
 FLAGS = (
@@ -106,7 +108,7 @@ def test_every_strength_and_seed_is_what_diffusers_renders(t2v: Path, tmp_path: 
     lora = adapter(t2v, tmp_path / "my.safetensors")
     told = sample(t2v, "--lora", lora, "--strengths", "0,0.5,1", "--seeds", "3,4", "--output", "out")
     assert "wrote 6 clips" in told
-    pipeline = WanPipeline.from_pretrained(t2v)
+    pipeline = WanPipeline.from_pretrained(t2v).to(DEVICE)
     bare = rendered(pipeline, 3)
     assert alike(poster("out/a_red_circle_strength-0_seed-3.png"), bare)
     pipeline.load_lora_weights(tmp_path, weight_name=lora.name, adapter_name="my")
@@ -146,7 +148,7 @@ def test_each_expert_has_its_file(base: Callable[[str], Path], tmp_path: Path) -
         model, "--lora", f"high_noise:{by_hand}", "--lora", f"low_noise:{low}=1", "--output", "said", "--seeds", "3",
         flavour=BOTH,
     )  # fmt: skip
-    pipeline = WanPipeline.from_pretrained(model)
+    pipeline = WanPipeline.from_pretrained(model).to(DEVICE)
     bare = rendered(pipeline, 3, guidance_scale_2=5.0)
     pipeline.load_lora_weights(tmp_path, weight_name=by_hand.name, adapter_name="high")
     pipeline.load_lora_weights(low.parent, weight_name=low.name, adapter_name="low", load_into_transformer_2=True)
@@ -172,7 +174,7 @@ def test_a_clip_starts_from_a_picture(base: Callable[[str], Path], tmp_path: Pat
         model, "--lora", lora, "--strengths", "0.5", "--output", "out", "--seeds", "3",
         "--validation_images", tmp_path / "start.png", flavour=flavour,
     )  # fmt: skip
-    pipeline = WanImageToVideoPipeline.from_pretrained(model)
+    pipeline = WanImageToVideoPipeline.from_pretrained(model).to(DEVICE)
     pipeline.register_to_config(boundary_ratio=None)
     pipeline.load_lora_weights(tmp_path, weight_name=lora.name, adapter_name="my")
     pipeline.set_adapters(["my"], [0.5])
