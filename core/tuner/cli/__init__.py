@@ -9,7 +9,21 @@ import traceback
 import typer
 
 from tuner import processes
-from tuner.cli import cache, check, convert, extract, inspect, launch, merge, plan, plugins, report_command, run, sample
+from tuner.cli import (
+    cache,
+    check,
+    configure,
+    convert,
+    extract,
+    inspect,
+    launch,
+    merge,
+    plan,
+    plugins,
+    report_command,
+    run,
+    sample,
+)
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
@@ -21,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _KEYS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("configure", context_settings=_KEYS_AS_FLAGS)(configure.configure)
 app.command("run", context_settings=_KEYS_AS_FLAGS)(run.run)
 app.command("train", context_settings=_KEYS_AS_FLAGS, hidden=True)(run.run)
 app.command("launch", context_settings=_KEYS_AS_FLAGS)(launch.launch)
