@@ -92,9 +92,9 @@ def table(candidates: Candidates, chosen: Choice, bytes_free: float) -> Table:
     made = Table(title=_title(chosen, bytes_free), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     made.add_column("set")
     made.add_column("without it")
-    for lever in _parts(candidates, chosen):
+    for lever in parts(candidates, chosen):
         rest = {name: value for name, value in chosen.changes.items() if name not in lever}
-        made.add_row(written(lever), _without(candidates, rest, chosen, bytes_free))
+        made.add_row(written(lever), without(candidates, rest, chosen, bytes_free))
     return made
 
 
@@ -102,7 +102,7 @@ def _title(chosen: Choice, bytes_free: float) -> str:
     return f"{KEY}: {chosen.device / GIB:.1f} of {bytes_free / GIB:.1f} GiB, most in {chosen.worst}"
 
 
-def _parts(candidates: Candidates, chosen: Choice) -> Iterator[Mapping[str, Any]]:
+def parts(candidates: Candidates, chosen: Choice) -> Iterator[Mapping[str, Any]]:
     """The levers that a choice is made of."""
     left = dict(chosen.changes)
     for lever in [*candidates.levers(), *candidates.faster()]:
@@ -111,7 +111,8 @@ def _parts(candidates: Candidates, chosen: Choice) -> Iterator[Mapping[str, Any]
             left = {name: value for name, value in left.items() if name not in lever}
 
 
-def _without(candidates: Candidates, rest: Mapping[str, Any], chosen: Choice, bytes_free: float) -> str:
+def without(candidates: Candidates, rest: Mapping[str, Any], chosen: Choice, bytes_free: float) -> str:
+    """What a run would take with ``rest`` of the settings alone, beside what it takes as ``chosen``."""
     try:
         other = candidates.assess(rest)
     except TunerError as error:
