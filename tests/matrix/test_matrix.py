@@ -129,6 +129,8 @@ def check_in_effect(session: Session, names: Iterable[str]) -> None:
     assert (network.residency is not None) == any(name.startswith("group offload") for name in names)
     chunked = ["forward" in vars(module) for module in network.feed_forwards.values()]
     assert chunked == [("chunked feed-forward" in names)] * LAYERS
+    fused = ["forward" in vars(block) for block in network.stack.blocks]
+    assert fused == [("fused blocks" in names)] * LAYERS
     assert bool(session.releases) == ("gradient release" in names)
 
 

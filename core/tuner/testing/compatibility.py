@@ -81,6 +81,7 @@ MEMORY = (
     Feature("model offload", {"enable_model_cpu_offload": True}),
     Feature("text encoder offload", {"text_encoder_offload": True}),
     Feature("chunked feed-forward", {"enable_chunked_feed_forward": True, "feed_forward_chunk_size": 1}),
+    Feature("fused blocks", {"fused_blocks": True}),
     Feature("gradient release", {"gradient_release": True}, beside={"model_type": "full", "max_grad_norm": 0}),
 )
 PRECISIONS = _one(
@@ -149,6 +150,8 @@ def trained_together() -> list[tuple[str, ...]]:
         *(("full", name) for name in ("bnb-adamw8bit", "ao-adamw8bit")),
         ("LoRA", "scheduled sampling"),
         ("LoRA", "prior preservation"),
+        *(("LoRA", "fused blocks", *others) for others in (*BESIDE_A_PRECISION, *ONE_BY_ONE)),
+        *(("LoRA", "fused blocks", name) for name in WAYS_TO_STORE),
         EVERYTHING,
     ]
 

@@ -31,7 +31,7 @@ def transform() -> Transform:
         for block in network.stack.blocks:
             install(block)
 
-    return Transform(Stage.REWRITE, "Wan blocks that keep less", frozenset(), apply)
+    return Transform(Stage.REWRITE, "Wan blocks that keep less", frozenset({"block_forward"}), apply)
 
 
 def install(block: Any) -> None:
