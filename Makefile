@@ -15,17 +15,23 @@ GPU_PAGES ?= docs/benchmarks
 GPU_PAGE := $(GPU_PYTHON) benchmarks/gpu_page.py
 GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 14b-small-card image-small-card)
 
-.PHONY: test lint quickstart help gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
+.PHONY: test triton-tests lint quickstart help gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test        lint, types and tests"
+	@echo "make triton-tests  the Triton kernels, in Triton's interpreter"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
 	@echo "make gpu         tests and benchmarks that need a GPU; figures in docs/benchmarks (see its README)"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# The kernels in Triton's interpreter; its package is large, and beside the environment of the tests.
+triton-tests: $(DEV)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton triton
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/kernels
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -194,4 +194,3 @@ def test_less_than_half_the_traffic_and_fewer_operations() -> None:
 
 def test_rows_are_torchs_own_without_a_gpu() -> None:
     assert functions.rows_of(torch.device("cpu")).__name__ == "tuner_kernels.eager"
-

@@ -95,6 +95,11 @@ class TestGradientRelease(PluginContract):
     legacy_keys = frozenset({"gradient_release"})
 
 
+class TestKernels(PluginContract):
+    plugin = "kernels"
+    legacy_keys = frozenset()
+
+
 class TestLora(PluginContract):
     plugin = "lora"
     legacy_keys = frozenset({"use_dora", "use_rslora", "init_lora"})

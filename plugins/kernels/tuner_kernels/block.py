@@ -87,7 +87,7 @@ def _attend(attention: Any, rows: Tensor, text: Tensor | None, rotary: tuple[Ten
         split = (each.unflatten(2, (attention.heads, -1)) for each in (query, key, value))
         backend = processor._attention_backend
         found = dispatch_attention_fn(*split, backend=backend, parallel_config=parallel)
-        return found.flatten(2, 3).to(query.dtype)
+        return found.flatten(2, 3).to(query.dtype)  # type: ignore[no-any-return]
 
     query, key = _normed(attention.norm_q, query, rotary), _normed(attention.norm_k, key, rotary)
     attended = attend(key, value, processor._parallel_config if text is None else None)

@@ -44,11 +44,12 @@ def parts_of(module: nn.Module, rows: Tensor) -> Parts | None:
         return _plain(module, rows)
     if type(module) is not LoraLinear or not _is_bare(module):
         return None
-    base = module.get_base_layer()
+    layer: Any = module
+    base = layer.get_base_layer()
     found = _plain(base, rows) if type(base) is nn.Linear else None
-    if found is None or module.disable_adapters or module.merged:
-        return found if found is not None and module.disable_adapters and not module.merged else None
-    return _with_lora(module, found)
+    if found is None or layer.merged:
+        return None
+    return found if layer.disable_adapters else _with_lora(layer, found)
 
 
 def _with_lora(layer: Any, base: Parts) -> Parts | None:

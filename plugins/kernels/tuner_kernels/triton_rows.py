@@ -4,7 +4,7 @@ The functions are those of :mod:`tuner_kernels.eager`, with the same arguments a
 """
 
 # Triton has no types; its functions are no functions of Python's.
-# mypy: disable-error-code="no-untyped-def,misc,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,misc,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
 from typing import Any
