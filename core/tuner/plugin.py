@@ -104,6 +104,10 @@ class Plugin(Generic[C]):
         """
         return False
 
+    def validates_base(self) -> bool:
+        """Whether to be asked ``validate`` before the first step, with the base in the place of the trained weights."""
+        return False
+
     def saves_at(self, step: int, epoch: int) -> bool:
         """Whether a checkpoint is wanted after this optimizer step, beside the run's own; arguments as above.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tuner.run import Run
 
 Variants = Mapping[str, Callable[[], AbstractContextManager[None]]]
+BASE = "base"
+"""What training starts from."""
 
 
 def offered(run: Run, model: Model, manager: Manager, purpose: str) -> Variants:
@@ -29,3 +31,17 @@ def in_place(run: Run, variants: Variants, name: str) -> Iterator[None]:
             yield
         finally:
             run.variant = ""
+
+
+def base(model: Model) -> Variants:
+    """The networks without their adapters; one that is itself trained is its own base before the first step."""
+
+    @contextmanager
+    def without_adapters() -> Iterator[None]:
+        with ExitStack() as stack:
+            for network in model.networks.values():
+                if network.adapter is not None and network.adapter.disabled is not None:
+                    stack.enter_context(network.adapter.disabled())
+            yield
+
+    return {BASE: without_adapters}

@@ -17,7 +17,6 @@ from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError
 from tuner.materialise import materialise
 from tuner.model import EncodeBatch
-from tuner.plugin import PluginConfig
 from tuner.run import Run
 from tuner.testing.toy import build_toy
 from tuner.testing.toy.describe import describe
@@ -25,6 +24,7 @@ from tuner.testing.toy.model import encode, load
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+LONG = "a red circle moves slowly over a white wall"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def make_run(tmp_path, toy_folder):
 
 @pytest.fixture
 def plugin():
-    return SamplingPlugin("sampling", PluginConfig())
+    return SamplingPlugin("sampling", SamplingPlugin.Config())
 
 
 @pytest.fixture
@@ -155,13 +155,14 @@ def test_without_prompts_nothing_is_encoded_or_rendered_and_one_line_says_so(mak
     assert list(plugin.extra_captions(run=run)) == []
     assert plugin.validate(run=run, model=None) is None
     assert [record.getMessage() for record in caplog.records] == [
-        "validation renders nothing: there is no validation_prompt and no user_prompt_library"
+        "validation renders nothing: there is no validation_prompt, no user_prompt_library, and no "
+        "validation_prompt_library"
     ]
     assert not (tmp_path / "out").exists()
 
 
 def test_wishes_that_the_model_does_not_allow_are_said_once(make_run, plugin, caplog):
-    run = make_run(validation_prompt="p", validation_resolution="50x40", validation_num_video_frames=8)
+    run = make_run(validation_prompt=LONG, validation_resolution="50x40", validation_num_video_frames=8)
     plugin.check_model(run=run, spec=run.spec)
     _, validation = validated(run, plugin)
     lines = [record.getMessage() for record in caplog.records]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -33,8 +33,9 @@ def request_of(plugin: WanPlugin, model: Model, **changes: Any) -> SampleRequest
         images: dict[str, Tensor] = {}
         if model.spec.frames_taken:
             pixels = torch.rand(1, 3, 9, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
-            (item,) = plugin.encode_batch(model, EncodeBatch("video", pixels=pixels))
-            images = {name: tensor for name, tensor in item.items() if name != "latents"}
+            kinds: tuple[Literal["video", "conditioning"], ...] = ("video", "conditioning")
+            given = [plugin.encode_batch(model, EncodeBatch(kind, pixels=pixels))[0] for kind in kinds]
+            images = {name: tensor for item in given for name, tensor in item.items() if name != "latents"}
     plain = SampleRequest(prompt, negative, 48, 32, 9, STEPS, 4.0, 11, "unipc", None, images=images, layer_skip=SKIP)
     return replace(plain, **changes)
 

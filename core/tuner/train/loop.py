@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuner import processes
+from tuner import processes, variants
 from tuner.errors import Stopped, TrainingError
 from tuner.train import checkpoint, memory, optimizers
 from tuner.train.interrupt import Interrupt, watch
@@ -69,6 +69,7 @@ def _asked_for(session: Session, interrupt: Interrupt) -> tuple[bool, bool]:
 def _iterate(session: Session, log: StepLog | None) -> None:
     """One step, its validation if one is due, and its line in the log, which is written even where that fails."""
     run, config = session.run, session.run.config
+    metrics = _of_the_base(session) if run.step == 0 else {}
     began = time.perf_counter()
     result = train_step(session)
     run.step += 1
@@ -76,11 +77,10 @@ def _iterate(session: Session, log: StepLog | None) -> None:
     _tell(session, result, seconds)
     last = run.step == session.total
     asked = None if last or _due(run.step, config.validation_step_interval) else _asking(session)
-    metrics: dict[str, float] = {}
     try:
         if asked is None or asked:
             with session.timed("validate"), optimizers.averaged(session.optimizers.values()):
-                metrics = validate(run, session.model, session.manager, session.engine, session.attention, asked)
+                metrics |= validate(run, session.model, session.manager, session.engine, session.attention, asked)
     finally:
         _report(session, log, result, {"seconds": seconds, **metrics})
 
@@ -112,6 +112,19 @@ def _asking(session: Session) -> list[str]:
     """The plugins that want to be asked after this step, beside the run's own validations."""
     step, ended = session.run.step, _epoch_ended(session)
     return [name for name, plugin in session.run.plugins.items() if plugin.validates_at(step, ended)]
+
+
+def _of_the_base(session: Session) -> dict[str, float]:
+    """What the plugins see in the base that want to see it, before the first step."""
+    asked = [name for name, plugin in session.run.plugins.items() if plugin.validates_base()]
+    if not asked:
+        return {}
+    session.take_turn()
+    base = variants.base(session.model)
+    with session.timed("validate"):
+        return validate(
+            session.run, session.model, session.manager, session.engine, session.attention, asked, weights=base
+        )
 
 
 def _epoch_ended(session: Session) -> int:

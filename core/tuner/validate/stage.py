@@ -27,12 +27,13 @@ def validate(
     engine: Engine,
     attention: Attention | None = None,
     asked: Collection[str] | None = None,
+    weights: variants.Variants | None = None,
 ) -> dict[str, float]:
     """Ask every plugin what it sees, with ``attention``'s kernel; returns the numbers as ``plugin/key``.
 
     Other weights than the trained ones are looked at in turn: ``plugin/key@name``.
 
-    ``asked``: names of the plugins to ask; None is all.
+    ``asked``: names of the plugins to ask; None is all. ``weights``: those to look at; None is what is offered.
     """
     with ExitStack() as stack:
         stack.enter_context(untouched(model, engine.device))
@@ -41,7 +42,7 @@ def validate(
             if attention is not None:
                 stack.enter_context(validation_backend(network, attention.inference))
         metrics: dict[str, float] = {}
-        found = variants.offered(run, model, manager, "validate")
+        found = weights or variants.offered(run, model, manager, "validate")
         for name in found:
             with variants.in_place(run, found, name):
                 metrics |= _asked(run, model, manager, asked)

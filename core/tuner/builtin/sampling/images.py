@@ -91,7 +91,7 @@ def chosen_pictures(
     first = {_stem(each): each for each in files if each not in last.values()}
     if not first:
         raise ConfigError(f"{KEY} names no picture", where=core.validation_images, remedy="put pictures there")
-    owned = {prompt: first[prompt.slug] for prompt in prompts if prompt.slug in first}
+    owned = {prompt: first[name] for prompt in prompts if (name := prompt.picture or prompt.slug) in first}
     free = [each for each in first.values() if each not in owned.values()] or list(first.values())
     others = [prompt for prompt in prompts if prompt not in owned]
     owned |= {prompt: free[turn % len(free)] for turn, prompt in enumerate(others)}

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from tuner.builtin.sampling.keys import SamplingConfig
 from tuner.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tuner.config.keys import CoreConfig
-    from tuner.model import SampleRequest
+    from tuner.model import LayerSkip, SampleRequest
     from tuner.run import Run
     from tuner.spec import ModelSpec
 
@@ -43,6 +44,20 @@ class Settings:
     scheduler: str
     flow_shift: float | None
     negative: str
+    rescale: float = 0.0
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.8
+    skip_start: float = 0.01
+    skip_stop: float = 0.2
+
+    @property
+    def layer_skip(self) -> LayerSkip | None:
+        """Skip-layer guidance, where there is any."""
+        from tuner.model import LayerSkip
+
+        if not self.skip_layers:
+            return None
+        return LayerSkip(self.skip_layers, self.skip_scale, self.skip_start, self.skip_stop)
 
     def request(
         self,
@@ -67,14 +82,19 @@ class Settings:
             seed=self.seed,
             scheduler=self.scheduler,
             flow_shift=self.flow_shift,
+            rescale=self.rescale,
+            layer_skip=self.layer_skip,
             images=images or {},
             on_step=on_step,
             on_prediction=on_prediction,
         )
 
     def record(self) -> dict[str, Any]:
-        """All of it, for ``validation.json``."""
-        return asdict(self)
+        """All of it, for ``validation.json``; without what is not done."""
+        off = set() if self.rescale else {"rescale"}
+        if not self.skip_layers:
+            off |= {"skip_layers", "skip_scale", "skip_start", "skip_stop"}
+        return {name: value for name, value in asdict(self).items() if name not in off}
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
@@ -91,50 +111,90 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return found
 
 
-def settings_for(run: Run, spec: ModelSpec) -> tuple[Settings, list[str]]:
-    """The settings of this run, and a line for each wish that the model does not allow exactly."""
-    core = run.config
-    size, notes = _size(run, spec)
-    frames = _frames(run, spec, notes)
-    seed = core.seed if core.validation_seed is None else core.validation_seed
-    settings = Settings(
-        *size,
-        frames=frames,
-        fps=spec.fps,
-        steps=chosen(run, spec, "validation_num_inference_steps"),
-        guidance=chosen(run, spec, "validation_guidance"),
-        guidance_2=_second_guidance(run, spec),
-        seed=seed,
-        scheduler=chosen(run, spec, "validation_noise_scheduler"),
-        flow_shift=chosen(run, spec, "validation_flow_shift"),
-        negative=chosen(run, spec, "validation_negative_prompt"),
-    )
-    return settings, notes
+def parse_resolutions(text: str) -> list[tuple[int, int]]:
+    """(width, height) of each of several sizes with commas between them. Raises ConfigError for what is no size."""
+    return list(dict.fromkeys(parse_resolution(each) for each in text.split(",")))
 
 
-def chosen(run: Run, spec: ModelSpec | None, key: str) -> Any:
-    """The value of a core key: the user's, else the model's own default, else the core's."""
+def settings_for(run: Run, spec: ModelSpec, own: Mapping[str, Any] | None = None) -> tuple[Settings, list[str]]:
+    """The settings of this run, and a line for each wish that the model does not allow exactly.
+
+    Of several sizes the first. ``own``: core keys that one prompt has its own values for.
+    """
+    found, notes = all_settings(run, spec, own)
+    return found[0], notes
+
+
+def all_settings(run: Run, spec: ModelSpec, own: Mapping[str, Any] | None = None) -> tuple[list[Settings], list[str]]:
+    """The settings for each size that is asked for, and the lines of :func:`settings_for`."""
+    own = own or {}
+    sizes, notes = _sizes(run, spec, own)
+    frames = _frames(run, spec, own, notes)
+    guidance = _guidance_keys(run)
+    seed = chosen(run, spec, "validation_seed", own)
+    found = [
+        Settings(
+            *size,
+            frames=frames,
+            fps=spec.fps,
+            steps=chosen(run, spec, "validation_num_inference_steps", own),
+            guidance=chosen(run, spec, "validation_guidance", own),
+            guidance_2=_second_guidance(run, spec, own),
+            seed=run.config.seed if seed is None else seed,
+            scheduler=chosen(run, spec, "validation_noise_scheduler", own),
+            flow_shift=chosen(run, spec, "validation_flow_shift", own),
+            negative=chosen(run, spec, "validation_negative_prompt", own),
+            rescale=guidance.validation_guidance_rescale,
+            skip_layers=tuple(dict.fromkeys(guidance.validation_guidance_skip_layers or ())),
+            skip_scale=guidance.validation_guidance_skip_scale,
+            skip_start=guidance.validation_guidance_skip_layers_start,
+            skip_stop=guidance.validation_guidance_skip_layers_stop,
+        )
+        for size in sizes
+    ]
+    return found, notes
+
+
+def _guidance_keys(run: Run) -> SamplingConfig:
+    """This plugin's own keys; the defaults where it is left out."""
+    plugin = run.plugins.get("sampling")
+    return plugin.config if plugin is not None and isinstance(plugin.config, SamplingConfig) else SamplingConfig()
+
+
+def chosen(run: Run, spec: ModelSpec | None, key: str, own: Mapping[str, Any] | None = None) -> Any:
+    """The value of a core key: the prompt's own, else the user's, else the model's own default, else the core's."""
+    if own and key in own:
+        return own[key]
     value = getattr(run.config, key)
     return value if spec is None or key in run.explicit else spec.defaults.get(key, value)
 
 
-def _second_guidance(run: Run, spec: ModelSpec) -> float | None:
-    """The user's, else the model's own unless the user set the first one: that is then for both."""
-    value: float | None = chosen(run, spec, "validation_guidance_2")
-    only_first = "validation_guidance" in run.explicit and "validation_guidance_2" not in run.explicit
-    return None if only_first else value
+def _second_guidance(run: Run, spec: ModelSpec, own: Mapping[str, Any]) -> float | None:
+    """The nearest word on it: the prompt's, the user's, the model's; who says the first alone says it for both."""
+    for said in (own, run.explicit):
+        if "validation_guidance_2" in said:
+            break
+        if "validation_guidance" in said:
+            return None
+    value: float | None = chosen(run, spec, "validation_guidance_2", own)
+    return value
 
 
-def _size(run: Run, spec: ModelSpec) -> tuple[tuple[int, int], list[str]]:
-    wish = run.config.validation_resolution
+def _sizes(run: Run, spec: ModelSpec, own: Mapping[str, Any]) -> tuple[list[tuple[int, int]], list[str]]:
+    wish = chosen(run, None, RESOLUTION, own)
     if wish is None:
-        return _trained_size(run, spec), []
-    asked = parse_resolution(wish)
+        return [_trained_size(run, spec)], []
+    found, notes = zip(*(_size(asked, spec) for asked in parse_resolutions(wish)), strict=True)
+    return list(dict.fromkeys(found)), [line for lines in notes for line in lines]
+
+
+def _size(asked: tuple[int, int], spec: ModelSpec) -> tuple[tuple[int, int], list[str]]:
     width, height = (rounded(edge, spec.size_multiple) for edge in asked)
     if (width, height) == asked:
         return asked, []
     return (width, height), [
-        f"{RESOLUTION} {wish}: rendered at {width}x{height}, since sizes must be multiples of {spec.size_multiple}"
+        f"{RESOLUTION} {asked[0]}x{asked[1]}: rendered at {width}x{height}, "
+        f"since sizes must be multiples of {spec.size_multiple}"
     ]
 
 
@@ -152,8 +212,8 @@ def configured_edge(core: CoreConfig) -> float:
     return (core.resolution * MEGAPIXEL) ** 0.5 if core.resolution_type == "area" else core.resolution
 
 
-def _frames(run: Run, spec: ModelSpec, notes: list[str]) -> int:
-    wish = run.config.validation_num_video_frames
+def _frames(run: Run, spec: ModelSpec, own: Mapping[str, Any], notes: list[str]) -> int:
+    wish: int | None = chosen(run, None, "validation_num_video_frames", own)
     if wish is None:
         trained = run.trained_shape
         return spec.latents.frames_allowed(DEFAULT_FRAMES) if trained is None else trained[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tuner.builtin.sampling.settings import settings_for
+from tuner.builtin.sampling.settings import Settings, settings_for
 from tuner.data import buckets
 
 if TYPE_CHECKING:
@@ -17,9 +17,12 @@ SHOWN = 5
 """Trained sizes that a warning names."""
 
 
-def untrained(run: Run, spec: ModelSpec, data: Prepared) -> str | None:
-    """The warning for a validation size that no bucket has, with the ``resolution`` that would give it; else None."""
-    settings, _ = settings_for(run, spec)
+def untrained(run: Run, spec: ModelSpec, data: Prepared, settings: Settings | None = None) -> str | None:
+    """The warning for a size that no bucket has, with the ``resolution`` that would give it; else None.
+
+    ``settings``: of the clip; None are those of the run.
+    """
+    settings = settings or settings_for(run, spec)[0]
     width, height = settings.width, settings.height
     sizes = Counter((sample.bucket.width, sample.bucket.height) for sample in data.samples)
     if not sizes or (width, height) in sizes:
