@@ -248,6 +248,16 @@ def test_the_record_holds_everything_and_the_clip_has_it_too(t2v: Path, tmp_path
         assert len(list(container.decode(video=0))) == 5
 
 
+def test_sizes_and_settings_of_a_prompts_own(t2v: Path, tmp_path: Path) -> None:
+    library = tmp_path / "prompts.json"
+    library.write_text(json.dumps({"cat": "a cat", "dog": {"prompt": "a dog", "seed": 5, "num_video_frames": 1}}))
+    sample(t2v, "--output", "out", "--prompts", library, "--validation_resolution", "48x32,32x32", prompt=False)
+    names = {"cat_48x32_seed-42", "cat_32x32_seed-42", "dog_48x32_seed-5", "dog_32x32_seed-5"}
+    assert {path.stem for path in Path("out").glob("*.json")} == names
+    assert {path.stem for path in Path("out").glob("*.mp4")} == {name for name in names if name.startswith("cat")}
+    assert poster("out/dog_32x32_seed-5.png").shape == (32, 32, 3)
+
+
 def test_a_grid_of_strengths_and_a_row_for_each_clip(t2v: Path, tmp_path: Path) -> None:
     lora = adapter(t2v, tmp_path / "my.safetensors")
     library = tmp_path / "prompts.json"
@@ -282,6 +292,7 @@ def test_another_models_adapter_is_refused_before_weights_are_read(
         (("--strengths", "1"), "does nothing without --lora"),
         (("--lora", lora, "--strengths", "much"), "is no list of numbers"),
         (("--seeds", "-1"), "is no list of numbers"),
+        (("--validation_prompt", "a cat"), "--validation_prompt is said twice"),
     ):
         with pytest.raises(ConfigError, match=message):
             sample(t2v, *words)

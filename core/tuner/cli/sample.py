@@ -14,7 +14,6 @@ from tuner.errors import ConfigError
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.builtin.sampling.prompts import Prompt
-    from tuner.config.keys import CoreConfig
 
 Lora = Annotated[
     list[str] | None,
@@ -74,12 +73,13 @@ def sample(
         given["validation_negative_prompt"] = negative_prompt
     if prompts is not None or prompt:
         given |= {"validation_prompt": prompt[0] if prompt else None, "user_prompt_library": prompts}
+        given["validation_prompt_library"] = None
     assembly = _settled(_assembly(context, config, plugins, without, strict, given))
     print_assembly(assembly)
     from tuner.builtin.sampling.sample import Wishes
 
     folder = output or assembly.core.output_dir / "samples"
-    wishes = Wishes(_prompts(assembly.core, prompt or []), tuple(lora or ()), shares, drawn, folder)
+    wishes = Wishes(_prompts(assembly, prompt or []), tuple(lora or ()), shares, drawn, folder)
     _render(assembly, wishes)
 
 
@@ -107,8 +107,11 @@ def _assembly(
     settings = read_settings(
         config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog, file=file
     )
+    said = [name for name in given if settings.sources.get(name) == "command line"]
+    if twice := [name for name in said if given[name] is not None]:
+        raise ConfigError(f"--{twice[0]} is said twice, once by another option", where="command line")
     settings.put({name: value for name, value in given.items() if value is not None}, "command line")
-    for name in [name for name, value in given.items() if value is None]:
+    for name in [name for name, value in given.items() if value is None and name not in said]:
         settings.pop(name, None)
     families = [name for name in catalog.installed if (cls := catalog.peek(name)) and FAMILY in cls.provides]
     if not file and listed is None and len(families) == 1:
@@ -130,12 +133,15 @@ def _settled(assembly: Assembly) -> Assembly:
         raise
 
 
-def _prompts(core: CoreConfig, texts: list[str]) -> tuple[Prompt, ...]:
+def _prompts(assembly: Assembly, texts: list[str]) -> tuple[Prompt, ...]:
     """The prompts typed and those of the library; the config's own where there are neither. Raises ConfigError."""
     from tuner.builtin.sampling.cells import typed_prompts
     from tuner.builtin.sampling.prompts import validation_prompts
 
-    listed = validation_prompts(core.model_copy(update={"validation_prompt": None}) if texts else core)
+    core, plugin = assembly.core, assembly.plugins.get("sampling")
+    if texts:
+        core = core.model_copy(update={"validation_prompt": None})
+    listed = validation_prompts(core, builtin=plugin is not None and plugin.config.validation_prompt_library)
     found = (*typed_prompts(texts), *listed)
     if not found:
         raise ConfigError("there is nothing to render", where="command line", remedy='say what: --prompt "a red fox"')
@@ -165,7 +171,7 @@ def _render(assembly: Assembly, wishes: Any) -> None:
     if todo:
         with (
             opened(assembly, planned, decode_file) as (model, strength),
-            memory_explained(assembly, planned.run, model, planned.settings),
+            memory_explained(assembly, planned, model),
         ):
             render(planned, model, strength, todo)
     written = write_sheets(planned, again=bool(todo))

@@ -1,15 +1,17 @@
-"""The clips of ``tuner sample``: one for each prompt, strength and seed; what is there already is not made again."""
+"""The clips of ``tuner sample``: each of the config's, for each strength and seed; what is there is not made again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tuner.builtin.sampling.clips import Clip
 from tuner.builtin.sampling.prompts import Prompt, slug
+from tuner.builtin.sampling.settings import Settings
 from tuner.errors import ConfigError
 from tuner.files import atomic_write_text, sha256_of
 
@@ -23,10 +25,20 @@ FREE = ("tuner", "files")
 class Cell:
     """One clip to render."""
 
-    prompt: Prompt
+    clip: Clip
     strength: float | None
     """Of all adapters together; None where there is none."""
     seed: int
+
+    @property
+    def prompt(self) -> Prompt:
+        """What it shows."""
+        return self.clip.prompt
+
+    @property
+    def settings(self) -> Settings:
+        """How it is rendered."""
+        return replace(self.clip.settings, seed=self.seed)
 
     @property
     def name(self) -> str:
@@ -60,9 +72,14 @@ def typed_prompts(texts: Sequence[str]) -> tuple[Prompt, ...]:
     return tuple(found.values())
 
 
-def cells(prompts: Sequence[Prompt], strengths: Sequence[float | None], seeds: Sequence[int]) -> list[Cell]:
-    """Every combination, in the order in which they are rendered."""
-    return [Cell(prompt, strength, seed) for prompt in prompts for seed in seeds for strength in strengths]
+def cells(clips: Sequence[Clip], strengths: Sequence[float | None], seeds: Sequence[int]) -> list[Cell]:
+    """Every combination, in the order in which they are rendered; without ``seeds`` each clip has its own."""
+    return [
+        Cell(clip, strength, seed)
+        for clip in clips
+        for seed in seeds or (clip.settings.seed,)
+        for strength in strengths
+    ]
 
 
 def is_whole(folder: Path, cell: Cell, record: Mapping[str, Any]) -> bool:

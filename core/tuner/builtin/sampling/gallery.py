@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tuner.builtin.sampling.cells import Cell, media_paths, write_record
-from tuner.builtin.sampling.images import encoded_images
+from tuner.builtin.sampling.images import encoded_images, sample_id
 from tuner.builtin.sampling.media import poster, read_evenly, write_mp4, write_png
 from tuner.builtin.sampling.sheet import COLUMNS, Row, labelled, write_contact_sheet
 from tuner.data.progress import progress
@@ -32,8 +32,8 @@ SHEET, GRID = "contact-sheet.png", "grid.png"
 
 def render(plan: Plan, model: Model, strength: Strength, todo: Sequence[Cell]) -> None:
     """Render ``todo`` into the plan's folder. Raises Stopped on SIGINT or SIGTERM, with what is whole kept."""
-    steps = plan.settings.steps
-    with watch() as interrupt, progress("rendering", len(todo) * steps) as advance:
+    steps = sum(cell.settings.steps for cell in todo)
+    with watch() as interrupt, progress("rendering", steps) as advance:
         for done, cell in enumerate(todo):
 
             def on_step(_: int, done: int = done) -> None:
@@ -56,12 +56,16 @@ def render(plan: Plan, model: Model, strength: Strength, todo: Sequence[Cell]) -
 def _request(plan: Plan, cell: Cell, on_step: Callable[[int], None]) -> SampleRequest:
     run = plan.run
     assert run.text_cache is not None, "the prompts are not encoded"
-    images = encoded_images(run, plan.spec, cell.prompt) if plan.starts else {}
+    images = encoded_images(run, plan.spec, cell.prompt) if _is_started(plan, cell) else {}
     prompt, negative, given = (
         {name: tensor.to(run.device) for name, tensor in encoding.items()}
-        for encoding in (run.text_cache(cell.prompt.text), run.text_cache(plan.settings.negative), images or {})
+        for encoding in (run.text_cache(cell.prompt.text), run.text_cache(cell.settings.negative), images or {})
     )
-    return plan.request(cell).request(prompt, negative, on_step, given)
+    return cell.settings.request(prompt, negative, on_step, given)
+
+
+def _is_started(plan: Plan, cell: Cell) -> bool:
+    return any(each.sample_id == sample_id(cell.prompt) for each in plan.starts)
 
 
 def _write(plan: Plan, cell: Cell, frames: NDArray[np.uint8]) -> list[Path]:
@@ -70,7 +74,7 @@ def _write(plan: Plan, cell: Cell, frames: NDArray[np.uint8]) -> list[Path]:
     write_png(picture, poster(frames))
     if len(frames) == 1:
         return [picture]
-    write_mp4(clip, frames, plan.settings.fps, comment=json.dumps(plan.record(cell), ensure_ascii=False))
+    write_mp4(clip, frames, cell.settings.fps, comment=json.dumps(plan.record(cell), ensure_ascii=False))
     return [picture, clip]
 
 
@@ -87,11 +91,12 @@ def write_sheets(plan: Plan, *, again: bool) -> list[Path]:
     Written beside older ones, never over them; ``again``: also where there is one.
     """
     title = ", ".join(dict.fromkeys(each.path.name for each in plan.adapters)) or plan.spec.flavour
-    settings = plan.settings
-    subtitle = (
-        f"{plan.spec.flavour}  ·  {settings.width}x{settings.height}  ·  {settings.frames} frames  ·  "
-        f"{settings.steps} {settings.scheduler} steps  ·  guidance {settings.guidance:g}"
-    )
+    how = [
+        f"{each.width}x{each.height}, {each.frames} frames, {each.steps} {each.scheduler} steps, "
+        f"guidance {each.guidance:g}"
+        for each in (cell.settings for cell in plan.cells)
+    ]
+    subtitle = "  ·  ".join((plan.spec.flavour, *dict.fromkeys(how)))
     rows = {SHEET: [Row(cell.label, cell.prompt.text, _frames(plan, cell)) for cell in plan.cells]}
     if len(plan.cells) > len({cell.prompt for cell in plan.cells}):
         rows[GRID] = _grid(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from tuner.attention_switch import validation_backend
 from tuner.builtin.sampling.adapters import Chosen, choose
 from tuner.builtin.sampling.branches import Strength, attach
 from tuner.builtin.sampling.cells import Cell, cells, is_whole
-from tuner.builtin.sampling.images import KEY, LAST, chosen_pictures, from_pictures
+from tuner.builtin.sampling.clips import Clip, clips
+from tuner.builtin.sampling.images import KEY, LAST, chosen_pictures, from_pictures, sample_id
 from tuner.builtin.sampling.prompts import Prompt, placeholders
 from tuner.builtin.sampling.provenance import model_record
-from tuner.builtin.sampling.settings import Settings, settings_for
 from tuner.data.report import DataReport
 from tuner.data.samples import Bucket, Decode, Prepared, Sample
 from tuner.errors import ConfigError, ModelError, TrainingError
@@ -58,7 +58,6 @@ class Plan:
 
     run: Run
     spec: ModelSpec
-    settings: Settings
     adapters: tuple[Chosen, ...]
     cells: tuple[Cell, ...]
     folder: Path
@@ -67,16 +66,12 @@ class Plan:
     starts: tuple[Sample, ...] = ()
     """The pictures that clips start from."""
 
-    def request(self, cell: Cell) -> Settings:
-        """The settings of one clip."""
-        return replace(self.settings, seed=cell.seed)
-
     def record(self, cell: Cell) -> dict[str, Any]:
         """Everything that is needed to render ``cell`` again."""
         pictures = {
             name: {"file": path.name, "sha256": digest}
             for sample in self.starts
-            if sample.captions == (cell.prompt.text,)
+            if sample.sample_id == sample_id(cell.prompt)
             for name, path, digest in (
                 ("first_frame", sample.path, sample.content_hash),
                 *((each.role, each.path, each.content_hash) for each in sample.companions),
@@ -89,7 +84,7 @@ class Plan:
             "strength": cell.strength,
             "prompt": cell.prompt.text,
             "nickname": cell.prompt.nickname,
-            "settings": self.request(cell).record(),
+            "settings": cell.settings.record(),
             **({"images": pictures} if pictures else {}),
         }
 
@@ -101,8 +96,8 @@ def plan(assembly: Assembly, wishes: Wishes, decode: Decode) -> tuple[Plan, list
     """
     run = new_run(assembly)
     spec = pipeline.describe(run, assembly.manager)
-    settings, _ = settings_for(run, spec)  # the plugin says what is not quite as asked
-    notes = list(_assumed(run, settings, wishes))
+    every, _ = clips(run, spec, wishes.prompts)  # the plugin says what is not quite as asked
+    notes = list(_assumed(run, every))
     missing = [network.name for network in spec.networks if not network.weights]
     if wishes.loras and missing:
         raise ModelError(
@@ -116,20 +111,22 @@ def plan(assembly: Assembly, wishes: Wishes, decode: Decode) -> tuple[Plan, list
     if adapters and bare:
         notes.append(f"no adapter is for {', '.join(bare)}, which renders its steps as it comes")
     strengths: Sequence[float | None] = (wishes.strengths or (1.0,)) if adapters else (None,)
-    clips = cells(wishes.prompts, strengths, wishes.seeds or (settings.seed,))
-    starts = _starting(run, spec, wishes, settings, decode)
+    wanted = cells(every, strengths, wishes.seeds)
+    starts = _starting(run, spec, every, cache_root(run, wishes.folder), decode)
     model = model_record(run, spec)
-    return Plan(run, spec, settings, tuple(adapters), tuple(clips), wishes.folder, model, tuple(starts)), notes
+    return Plan(run, spec, tuple(adapters), tuple(wanted), wishes.folder, model, tuple(starts)), notes
 
 
-def _assumed(run: Run, settings: Settings, wishes: Wishes) -> Iterator[str]:
+def _assumed(run: Run, every: Sequence[Clip]) -> Iterator[str]:
     """Lines for what nobody said, and for prompts that look unfinished."""
     if run.config.validation_resolution is None or run.config.validation_num_video_frames is None:
+        sizes = dict.fromkeys(f"{each.settings.width}x{each.settings.height}" for each in every)
+        frames = dict.fromkeys(str(each.settings.frames) for each in every)
         yield (
-            f"rendered at {settings.width}x{settings.height} with {settings.frames} frames: set validation_resolution "
-            "and validation_num_video_frames for others"
+            f"rendered at {', '.join(sizes)} with {', '.join(frames)} frames: set validation_resolution and "
+            "validation_num_video_frames for others"
         )
-    if unfilled := placeholders(each for each in wishes.prompts if each.text != run.config.validation_prompt):
+    if unfilled := placeholders(each.prompt for each in every if each.prompt.text != run.config.validation_prompt):
         yield f"prompts are rendered with {', '.join(unfilled)} as it stands: write the name you trained"
 
 
@@ -138,9 +135,11 @@ def outstanding(plan: Plan) -> list[Cell]:
     return [cell for cell in plan.cells if not is_whole(plan.folder, cell, plan.record(cell))]
 
 
-def _starting(run: Run, spec: ModelSpec, wishes: Wishes, settings: Settings, decode: Decode) -> Iterator[Sample]:
-    """The user's pictures for each prompt, of a model that starts from them."""
-    if not spec.frames_taken or (spec.condition == "clean_first_frame" and settings.frames == 1):
+def _starting(run: Run, spec: ModelSpec, every: Sequence[Clip], root: Path, decode: Decode) -> Iterator[Sample]:
+    """The user's pictures for each clip, of a model that starts from them."""
+    clean = spec.condition == "clean_first_frame"
+    moving = [clip for clip in every if clip.settings.frames > 1 or not clean]
+    if not spec.frames_taken or not moving:
         return
     if run.config.validation_images is None:
         raise ConfigError(
@@ -148,13 +147,12 @@ def _starting(run: Run, spec: ModelSpec, wishes: Wishes, settings: Settings, dec
             where=KEY,
             remedy="name a picture, or a folder of pictures named like the prompts: --validation_images cat.png",
         )
-    frames = 1 if spec.condition == "clean_first_frame" else settings.frames
-    bucket = Bucket(frames, settings.height, settings.width)
-    pictures = chosen_pictures(run.config, wishes.prompts, LAST in spec.frames_taken)
-    root = cache_root(run, wishes.folder)
     stores = (root / "vae" / KEY, root / "images" if spec.conditioning_frames else None)
-    for prompt in wishes.prompts:
-        yield from_pictures(prompt, pictures[prompt], bucket, decode, stores)
+    pictures = chosen_pictures(run.config, [clip.prompt for clip in moving], LAST in spec.frames_taken)
+    for clip in moving:
+        frames, height, width = clip.shape
+        bucket = Bucket(1 if clean else frames, height, width)
+        yield from_pictures(clip.prompt, pictures[clip.prompt], bucket, decode, stores)
 
 
 def cache_root(run: Run, folder: Path) -> Path:
@@ -199,24 +197,26 @@ def _encode(assembly: Assembly, plan: Plan, model: Model, decode: Decode) -> Non
     """Encode the prompts and pictures that the cache lacks."""
     run, hook = plan.run, assembly.manager.hook
     root = cache_root(run, plan.folder)
-    captions = [*dict.fromkeys(cell.prompt.text for cell in plan.cells), plan.settings.negative]
+    captions = list(dict.fromkeys(text for cell in plan.cells for text in (cell.prompt.text, cell.settings.negative)))
     data = Prepared((), {}, root / "text", DataReport(()), decode, extra=plan.starts)
     cached: CachedData = hook.fill_cache(run=run, model=model, data=data, captions=captions, hooks=hook, verify=False)
     run.text_cache, run.cached = cached.text, cached
 
 
 @contextmanager
-def memory_explained(assembly: Assembly, run: Run, model: Model, settings: Settings) -> Iterator[None]:
+def memory_explained(assembly: Assembly, plan: Plan, model: Model) -> Iterator[None]:
     """Say what would save memory where the device has none left. Raises TrainingError."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        advice = [line for answer in assembly.manager.hook.memory_advice(run=run, model=model) for line in answer]
+        answers = assembly.manager.hook.memory_advice(run=plan.run, model=model)
+        advice = [line for answer in answers for line in answer]
+        frames, height, width = max(cell.clip.shape for cell in plan.cells)
         raise TrainingError(
-            f"out of memory while rendering {settings.width}x{settings.height} with {settings.frames} frames: {error}",
-            where=str(run.device),
+            f"out of memory while rendering clips of up to {width}x{height} with {frames} frames: {error}",
+            where=str(plan.run.device),
             allowed="; or ".join(advice) or None,
             remedy="clips that are written are kept: change the config and give the same command again",
         ) from error
