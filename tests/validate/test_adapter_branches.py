@@ -17,7 +17,8 @@ from tuner.errors import CheckpointError
 from tuner.materialise import materialise
 from tuner.model import Network
 from tuner.run import Run
-from tuner_wan import WanPlugin
+from tuner_kernels import block as kernels
+from tuner_wan import WanPlugin, lean
 from tuner_wan.tiny import build_tiny_t2v
 
 torch.set_num_threads(1)
@@ -121,6 +122,44 @@ def test_a_branch_is_the_update_inside_the_weight(
     strength.value = 0.0
     assert torch.equal(output(network.module), bare)
     assert torch.equal(layer.get_parameter("weight"), weight), "the base is never changed"
+
+
+def test_two_files_change_one_norm_and_it_is_put_back(network: Network) -> None:
+    norm = network.module.get_submodule(QUERY_NORM)
+    weight, bare = norm.get_parameter("weight"), output(network.module)
+    files = [(AdapterFile({QUERY_NORM: Update({"diff": drawn(*weight.shape, seed=seed)})}), 1.0) for seed in (1, 2)]
+    merged = deepcopy(network.module)
+    with torch.no_grad():
+        for seed in (1, 2):
+            merged.get_parameter(f"{QUERY_NORM}.weight").add_(drawn(*weight.shape, seed=seed))
+    strength = Strength()
+    attach(network, files, strength, CPU)
+    torch.testing.assert_close(output(network.module), output(merged), rtol=1e-4, atol=1e-5)
+    assert norm.get_parameter("weight") is weight
+    strength.value = 0.0
+    assert torch.equal(output(network.module), bare)
+
+
+@pytest.mark.parametrize("rewrite", [kernels.install, lean.install], ids=["fused", "lean"])
+def test_blocks_that_are_computed_otherwise_take_them_too(
+    rewrite: Callable[[nn.Module], None], network: Network
+) -> None:
+    updates = {}
+    for module, make in ((MATRIX, lora), (NORM, difference), (QUERY_NORM, difference)):
+        updates[module] = make(network.module.get_submodule(module).get_parameter("weight").detach())
+    merged = deepcopy(network.module)
+    with torch.no_grad():
+        for module, update in updates.items():
+            weight = merged.get_submodule(module).get_parameter("weight")
+            weight.add_(update.delta(weight.shape))
+    bare, expected = output(network.module), output(merged)
+    strength = Strength()
+    attach(network, [(AdapterFile(updates), 1.0)], strength, CPU)
+    for block in network.stack.blocks:
+        rewrite(block)
+    torch.testing.assert_close(output(network.module), expected, rtol=1e-4, atol=1e-5)
+    strength.value = 0.0
+    torch.testing.assert_close(output(network.module), bare, rtol=1e-4, atol=1e-5)
 
 
 def test_several_files_add_up(network: Network) -> None:

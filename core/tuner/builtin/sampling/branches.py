@@ -35,7 +35,7 @@ def attach(
 ) -> None:
     """Add adapters to the layers of ``network``, each file times its share times ``strength``.
 
-    A matrix or kernel gets a branch of its own; the weight of a norm is another one while the norm computes. The norms
+    A matrix or kernel gets a branch of its own; the weight of a norm is another one while its block computes. The norms
     of a DoRA are taken of the base's weights as they are in its files. Raises CheckpointError where a file does not
     fit the network's layers.
     """
@@ -49,7 +49,7 @@ def attach(
             else:
                 changes = {"weight": None if update is None else update.product(), "bias": bias}
                 given = {name: each.to(device) for name, each in changes.items() if each is not None}
-                _replace(layer, given, share, strength)
+                _replace(layer, given, share, strength, around=_block_of(network, layer))
 
 
 def _layer(module: nn.Module, name: str) -> nn.Module:
@@ -152,26 +152,35 @@ def _add(layer: nn.Module, terms: Iterable[Term], share: float, strength: Streng
     layer.register_forward_hook(hook)
 
 
-def _replace(layer: nn.Module, added: Mapping[str, Tensor], share: float, strength: Strength) -> None:
-    """Let ``layer`` compute with other parameters: its own and what is ``added`` to them."""
+def _block_of(network: Network, layer: nn.Module) -> nn.Module:
+    """The block that ``layer`` is in, or itself: a block may read the weights of its norms without calling them."""
+    return next((block for block in network.stack.blocks if any(each is layer for each in block.modules())), layer)
+
+
+def _replace(
+    layer: nn.Module, added: Mapping[str, Tensor], share: float, strength: Strength, *, around: nn.Module
+) -> None:
+    """While ``around`` computes, let ``layer`` have other parameters: its own and what is ``added`` to them."""
+    for name in added:
+        if layer._parameters.get(name) is None:
+            raise CheckpointError(f"the adapter changes the {name} of a {type(layer).__name__} that has none")
     former: dict[str, nn.Parameter | None] = {}
 
-    def before(layer: nn.Module, given: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, given: tuple[Any, ...]) -> None:
         factor = share * strength.value
         for name, delta in added.items() if factor else ():
-            own = layer._parameters[name]
-            if own is None:
-                raise CheckpointError(f"the adapter changes the {name} of a {type(layer).__name__} that has none")
-            former[name] = own
+            own = former[name] = layer._parameters[name]
+            assert own is not None
             changed = own.data.float() + factor * delta.float().reshape(own.shape)
             layer._parameters[name] = nn.Parameter(changed.to(own.dtype), requires_grad=False)
 
-    def after(layer: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         layer._parameters.update(former)
         former.clear()
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after, always_call=True)
+    around.register_forward_pre_hook(before)
+    # In front: where several files change one norm, the last to change it is the first to put it back.
+    around.register_forward_hook(after, prepend=True, always_call=True)
 
 
 def _base_weights(network: Network, file: AdapterFile) -> dict[str, Tensor]:
