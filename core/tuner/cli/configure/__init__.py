@@ -119,7 +119,7 @@ def _completed(
         settings = {"model_family": family} | ({"pretrained_model_name_or_path": base} if base else {})
         model = described(settings, catalog).flavour
     card = answers.get("card") or memory.detected()
-    return {**answers, "family": family or "", "model": model or "", "base": base, "card": card}
+    return {"teach": "other", **answers, "family": family or "", "model": model or "", "base": base, "card": card}
 
 
 def _answers(words: Mapping[str, Any]) -> Answers:

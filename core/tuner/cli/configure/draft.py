@@ -147,7 +147,8 @@ class Drafting:
             gone = {key for lever in memory.levers(self.catalog, family) for key in lever}
         gone |= stale - proposed.values.keys()
         kept = {key: value for key, value in self.existing.settings.items() if key not in gone}
-        new = {key: value for key, value in proposed.values.items() if key not in kept or key in stale}
+        due = stale | {LISTED} if self.existing.ours else stale | proposed.values.keys() - kept.keys()
+        new = {key: value for key, value in proposed.values.items() if key in due and (key in stale or key not in kept)}
         settings = {**kept, **new, **fixed}
         why = {key: proposed.why[key] for key in new} | dict.fromkeys(fixed, "chosen by you")
         order = [*proposed.values, *settings]

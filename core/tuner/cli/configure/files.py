@@ -43,6 +43,8 @@ class Existing:
     prompts: dict[str, str] = field(default_factory=dict)
     answers: dict[str, Any] = field(default_factory=dict)
     """by name; those that the files tell"""
+    ours: bool = False
+    """whether the config was written by this command: what its owner took out stays out"""
 
     @classmethod
     def read(cls, folder: Path, index: KeyIndex) -> Existing:
@@ -55,13 +57,9 @@ class Existing:
         if found.library.is_file():
             named = plain_data(found.library)
             found.prompts = {str(key): str(text) for key, text in named.items()} if isinstance(named, dict) else {}
-        found.answers = found._told() | found._remembered(path)
+        remembered = found._remembered(path)
+        found.ours, found.answers = bool(remembered), remembered | found._told()
         return found
-
-    @property
-    def there(self) -> bool:
-        """Whether there is a config."""
-        return bool(self.settings)
 
     @property
     def list_path(self) -> Path:
@@ -190,7 +188,7 @@ class Existing:
         told = {
             "family": self.settings.get("model_family"),
             "model": self.settings.get("model_flavour"),
-            "base": self.settings.get("pretrained_model_name_or_path"),
+            "base": self.settings.get("pretrained_model_name_or_path", ""),
             "card": self.settings.get("plan_card"),
             "clips": next(
                 (
@@ -204,14 +202,14 @@ class Existing:
         return {name: value for name, value in told.items() if value is not None}
 
     def _remembered(self, path: Path) -> dict[str, Any]:
-        """Answers in the comment that was written with the file; what settings tell is newer."""
+        """Answers in the comment that was written with the file."""
         found = REMEMBERED.search(path.read_text(encoding="utf-8-sig"))
         try:
             words = json.loads(found[1]) if found else {}
         except ValueError:
             words = {}
         names = {each.name for each in fields(Answers)}
-        return {name: value for name, value in words.items() if name in names} | self._told()
+        return {name: value for name, value in words.items() if name in names}
 
 
 def _words(answers: Answers) -> dict[str, Any]:

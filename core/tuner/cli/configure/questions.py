@@ -113,7 +113,7 @@ def value_of(key: str, text: Any, index: KeyIndex) -> Any:
     if isinstance(value, dict | list) or value is None:
         return value
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(place.field.annotation)
+        adapter: TypeAdapter[Any] = TypeAdapter(place.field.annotation or Any)
         return adapter.dump_python(adapter.validate_python(value), mode="json")
     except ValidationError:
         raise ConfigError(f"{key} cannot be {text!r}", where="command line", allowed=allowed(place.field)) from None
