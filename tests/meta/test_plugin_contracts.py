@@ -95,9 +95,14 @@ class TestGradientRelease(PluginContract):
     legacy_keys = frozenset({"gradient_release"})
 
 
+class TestCompile(PluginContract):
+    plugin = "compile"
+    legacy_keys = frozenset({"dynamo_backend", "dynamo_mode", "dynamo_dynamic"})
+
+
 class TestKernels(PluginContract):
     plugin = "kernels"
-    legacy_keys = frozenset()
+    legacy_keys = frozenset({"fused_blocks"})
 
 
 class TestLora(PluginContract):
