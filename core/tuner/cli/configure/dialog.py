@@ -52,7 +52,6 @@ class Dialog:
                 raise
             except TunerError as error:
                 self._say(error)
-                answers |= {"clips": answers.get("clips")}
                 self.given = frozenset()
         return self._pages(draft)
 

@@ -102,7 +102,7 @@ class Drafting:
         changed = self.existing.differing(answers)
         model = {**self.existing.settings, **model_keys(answers).values, **fixed}
         spec = described(model, self.catalog)
-        proposed = self._proposed(answers, found, spec)
+        proposed = self._proposed(answers, found, spec, fixed.get(STEPS[0]))
         settings, why, gone = self._merged(proposed, changed, fixed, answers.family)
         listed = datasets(answers, found, spec)
         entries = self.existing.entries_with(listed, changed & set(MEDIA))
@@ -128,9 +128,9 @@ class Drafting:
             self._plans[known] = memory.planned(run, shapes, memory.machine(draft.answers.card))
         return replace(draft, planned=self._plans[known])
 
-    def _proposed(self, answers: Answers, found: Look, spec: ModelSpec) -> Proposal:
+    def _proposed(self, answers: Answers, found: Look, spec: ModelSpec, steps: int | None) -> Proposal:
         made = model_keys(answers)
-        training = training_keys(answers, found, spec, self.output)
+        training = training_keys(answers, found, spec, self.output, steps)
         made.values |= training.values
         made.why |= training.why
         if card := memory.machine(answers.card).card:

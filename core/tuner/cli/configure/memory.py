@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tuner.selection import Catalog
 
 GIB = 2**30
+CLEAR = 0.005
+"""Share of a phase's memory that is worth a word."""
 NONE = "none"
 """The card of a machine that has none that counts its memory."""
 ALSO = ("gradient_checkpointing", "vae_enable_tiling", "train_batch_size")
@@ -86,9 +88,14 @@ class Planned:
             other = self.candidates.assess({**self.chosen, **changes})
         except TunerError as error:
             return error.what
-        slower = 100 * (other.work / self.present.work - 1)
-        where = "" if str(other.worst) == str(self.present.worst) else f" in {other.worst}"
-        return f"{self.present.device / GIB:.1f} -> {other.device / GIB:.1f} GiB{where}, {slower:+.0f} % time"
+        pairs = [(str(phase), self.present.within(str(phase)), other.within(str(phase))) for phase in other.phases]
+        moved = [
+            f"{phase} {before / GIB:.1f} -> {after / GIB:.1f} GiB"
+            for phase, before, after in pairs
+            if abs(after - before) > CLEAR * before
+        ]
+        slower = round(100 * (other.work / self.present.work - 1))
+        return ", ".join([*(moved or ["no less memory"]), *([f"{slower:+d} % time"] if slower else [])])
 
 
 def planned(run: Run, shapes: Sequence[Shape], chosen_for: Machine) -> Planned:
@@ -136,5 +143,7 @@ def keys(catalog: Catalog, family: str) -> list[str]:
 
 
 def written(lever: Mapping[str, Any]) -> str:
-    """A lever as a line of settings."""
-    return ", ".join(f"{name}: {json.dumps(value)}" for name, value in lever.items())
+    """The value of the lever's first key, and what goes with it."""
+    (_, value), *more = lever.items()
+    beside = ", ".join(f"{name}: {json.dumps(other)}" for name, other in more)
+    return json.dumps(value) + (f" with {beside}" if beside else "")

@@ -109,17 +109,15 @@ def _item(name: str, draft: Draft, index: KeyIndex, effect: str) -> Item | None:
 def _effects(draft: Draft, index: KeyIndex, catalog: Catalog) -> dict[str, str]:
     """For each key that begins a lever, what each of its values would do."""
     assert draft.planned is not None
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for lever in memory.levers(catalog, draft.answers.family):
-        head = next(iter(lever))
-        found.setdefault(head, [])
-        off = _off(lever, index)
+        lines, off = found.setdefault(next(iter(lever)), {}), _off(lever, index)
         on = all(draft.whole.get(key, off.get(key)) == value for key, value in lever.items())
-        if not on:
-            found[head].append(f"{memory.written(lever)}: {draft.planned.effect(lever)}")
-        elif off != lever:
-            found[head].append(f"back to {json.dumps(off[head])}: {draft.planned.effect(off)}")
-    return {key: "\n".join(each) for key, each in found.items()} | {"card": draft.planned.line}
+        other = off if on else lever
+        if other != lever or not on:
+            lines.setdefault(memory.written(other), draft.planned.effect(other))
+    told = {key: "\n".join(f"{value}: {effect}" for value, effect in lines.items()) for key, lines in found.items()}
+    return told | {"card": draft.planned.line}
 
 
 def _off(lever: Any, index: KeyIndex) -> dict[str, Any]:
@@ -147,6 +145,8 @@ def summary(draft: Draft) -> Iterator[str]:
     yield f"memory: {planned.line}"
     for key, value in planned.chosen.items():
         yield f"  {key}: {json.dumps(value)} ({planned.why.get(key, 'chosen by the planner')})"
+    if gone := sorted(draft.gone - whole.keys()):
+        yield f"  taken out: {', '.join(gone)}"
     if planned.problem is not None:
         yield f"warning: {planned.problem.what}"
     hours = planned.hours(int(whole.get("max_train_steps") or 0), int(whole.get("train_batch_size", 1)))

@@ -92,10 +92,10 @@ def model_keys(answers: Answers) -> Proposal:
     return made
 
 
-def training_keys(answers: Answers, found: Look, spec: ModelSpec, output: Path) -> Proposal:
-    """Length, rank, rates, checkpoints and validation."""
+def training_keys(answers: Answers, found: Look, spec: ModelSpec, output: Path, steps: int | None = None) -> Proposal:
+    """Length, rank, rates, checkpoints and validation; ``steps`` is the length where someone says it."""
     made, kind, name = Proposal(), KINDS[answers.teach], name_of(found.folder)
-    steps = min(4000, max(500, round(len(found.files) * kind.passes, -2)))
+    steps = steps or min(4000, max(500, round(len(found.files) * kind.passes, -2)))
     every = max(100, round(steps / 8, -2))
     made.put("model_type", "lora", "an adapter: small, and easy to share")
     made.put("lora_rank", kind.rank, f"room for what is learnt; a usual start for {_a(answers.teach)}")
