@@ -120,7 +120,7 @@ def test_every_strength_and_seed_is_what_diffusers_renders(t2v: Path, tmp_path: 
 
 
 def test_strength_0_is_the_base_and_formats_and_shares_mean_the_same(t2v: Path, tmp_path: Path) -> None:
-    files = {form: adapter(t2v, tmp_path / f"{form}.safetensors", form) for form in ("comfyui", "diffusers", "kohya")}
+    files = {form: adapter(t2v, tmp_path / f"{form}.safetensors", form) for form in FORMATS if form != "peft"}
     sample(t2v, "--output", "bare", "--seeds", "1")
     for form, file in files.items():
         sample(t2v, "--lora", file, "--strengths", "0,0.5", "--output", form, "--seeds", "1")
@@ -215,12 +215,14 @@ def test_a_training_config_is_enough_and_its_data_are_not_looked_at(t2v: Path, t
         "model_family": "wan", "model_type": "full", "pretrained_model_name_or_path": str(t2v), "output_dir": "run",
         "data_backend_config": "gone.json", "validation_prompt": "a cat", "validation_resolution": "48x32",
         "validation_num_video_frames": 5, "validation_num_inference_steps": 1, "validation_seed": 8,
-        "mixed_precision": "no",
+        "mixed_precision": "no", "push_to_hub": True, "report_to": "wandb", "validation_preview": True,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     lora = adapter(t2v, tmp_path / "my.safetensors")
     done = CliRunner().invoke(app, ["sample", "--config", "config.json", "--lora", str(lora), "--strengths", "1,-0.5"])
     assert done.exception is None, done.output
+    for key in ("push_to_hub", "report_to", "validation_preview"):
+        assert f"set aside: {key}" in done.output
     names = {f"validation_strength-{strength}_seed-8.mp4" for strength in ("1", "-0.5")}
     assert {path.name for path in Path("run/samples").glob("*.mp4")} == names
     done = CliRunner().invoke(app, ["sample", "--config", "config.json", "--prompt", "a dog", "--validation_seed", "9"])

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from tuner.assembly import Assembly
     from tuner.builtin.sampling.prompts import Prompt
 
+OF_RUNS = ("hub", "preview", "trackers")
+"""Plugins that show others how a run goes: rendering is none."""
+
 Lora = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,7 +106,10 @@ def _assembly(
     show_log()
     catalog = Catalog()
     file = {} if config is None and not DEFAULT_PATH.is_file() else raw_config(config)
-    listed, left_out = options.names(plugins), options.names(without) or []
+    listed = options.names(plugins)
+    named = (*(listed or ()), *(options.names(file.get("plugins")) or ()))
+    idle = [name for name in OF_RUNS if name in catalog.installed and name not in named]
+    left_out = [*(options.names(without) or ()), *idle]
     settings = read_settings(
         config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog, file=file
     )
