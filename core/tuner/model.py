@@ -68,6 +68,8 @@ class Adapter:
     disabled: Callable[[], AbstractContextManager[None]] | None = None
     """While entered, the network computes as if it had never been adapted; what requires a gradient stays as it is.
     None where there is no way back to the base, as in training the network itself."""
+    scaled: Callable[[float], AbstractContextManager[None]] | None = None
+    """While entered, what it adds counts that many times; None where that has no meaning."""
 
 
 class Sharding(Protocol):

@@ -78,9 +78,13 @@ class WanPlugin(Plugin[WanConfig]):
 
     @hookimpl
     def check_model(self, run: Run, spec: ModelSpec) -> None:
-        """Say which keys are for the one flavour whose first latent frame may go in without noise."""
+        """Say what spoils clips, and which keys are for the one flavour whose first frame may go in without noise."""
         from tuner_wan.flavours import FLAVOURS
+        from tuner_wan.sampling_advice import advice
 
+        pair = len(spec.networks) > 1 or (spec.boundary is not None and self.config.wan_validation_load_other_stage)
+        for line in advice(run, spec, pair=pair) if run.is_main else ():
+            run.log.warning("%s", line)
         if not run.is_main or FLAVOURS[spec.flavour].condition == "clean_first_frame":
             return
         if self.config.wan_force_2_1_time_embedding:

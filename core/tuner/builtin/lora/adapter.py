@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,22 @@ def attach(network: Network, settings: LoraSettings, device: torch.device) -> Ad
         load=lambda state: copy_into(parameters, state, what=f"LoRA of network {network.name!r}"),
         settings={**_described(settings, modules), "start": start},
         disabled=lambda: base_in_place(parameters, start) if start else without_lora(module),
+        # With another start, none of the matrices' strengths but 1 has a meaning.
+        scaled=None if start else partial(scaled_lora, layers.values()),
     )
+
+
+@contextmanager
+def scaled_lora(layers: Collection[LoraLayer], strength: float) -> Iterator[None]:
+    """While entered, what LoRA layers add counts ``strength`` times."""
+    before = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scale * strength
+        yield
+    finally:
+        for layer, scale in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER] = scale
 
 
 @contextmanager

@@ -122,22 +122,35 @@ class SamplingPlugin(Plugin[SamplingConfig]):
     @hookimpl
     def extra_samples(self, run: Run, spec: ModelSpec, data: Prepared) -> Iterable[Sample]:
         """The frames that the clips of an image-to-video model start from."""
-        clips, _ = self._clips(run, spec)
-        if not clips or not spec.frames_taken:
+        if not self._all(run) or not spec.frames_taken:
             return []
-        from tuner.builtin.sampling.clips import by_shape
+        from tuner.builtin.sampling.clips import by_shape, clips
         from tuner.builtin.sampling.images import starting_samples
 
+        wanted, _ = clips(run, spec, self._all(run))
         found: list[Sample] = []
-        for group in by_shape(clips):
+        for group in by_shape(wanted):
             found += starting_samples(run, spec, data, [each.prompt for each in group], group[0].settings)
-        if len(found) < len(clips):
+        if len(found) < len(wanted):
             self._say(
                 run,
                 "validation renders nothing: no clip of the datasets is long enough to take its last frame from; set "
                 "validation_images, or lower validation_num_video_frames",
             )
         return found
+
+    @hookimpl
+    def on_train_start(self, run: Run, model: Model) -> None:
+        """Refuse strengths of what has none, before the first step."""
+        if self.config.strengths == [1.0] or not self._all(run):
+            return
+        for network in model.networks.values():
+            if network.adapter is not None and network.adapter.scaled is None:
+                raise ConfigError(
+                    f"what is trained of {network.name} ({network.adapter.kind}) has no other strength",
+                    where="validation_adapter_strength",
+                    remedy="leave it out, or train a plain LoRA",
+                )
 
     @hookimpl
     def validate(self, run: Run, model: Model) -> Validation | None:
@@ -164,7 +177,9 @@ class SamplingPlugin(Plugin[SamplingConfig]):
         """The clips at the sizes that are known by now, and what is not quite as asked."""
         from tuner.builtin.sampling.clips import clips
 
-        return clips(run, spec, self._all(run))
+        # The base has no adapter to be strong.
+        strengths = [1.0] if run.variant == "base" else self.config.strengths
+        return clips(run, spec, self._all(run), strengths)
 
     def _say(self, run: Run, line: str) -> None:
         """Say a thing once."""

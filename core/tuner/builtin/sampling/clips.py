@@ -30,17 +30,25 @@ class Clip:
         return self.settings.frames, self.settings.height, self.settings.width
 
 
-def clips(run: Run, spec: ModelSpec, prompts: Sequence[Prompt]) -> tuple[list[Clip], list[str]]:
+def clips(
+    run: Run, spec: ModelSpec, prompts: Sequence[Prompt], strengths: Sequence[float] = (1.0,)
+) -> tuple[list[Clip], list[str]]:
     """All clips in the order in which they are rendered, and a line for each wish that the model does not allow.
 
-    Raises ConfigError for two that would be written to one file.
+    ``strengths``: of the trained adapter; several are a clip each. Raises ConfigError for two clips that would be
+    written to one file.
     """
     found: list[Clip] = []
     notes: dict[str, None] = {}
     for prompt in prompts:
         settings, said = all_settings(run, spec, prompt.own)
         notes |= dict.fromkeys(said)
-        found += [Clip(_sized(prompt, each) if len(settings) > 1 else prompt, each) for each in settings]
+        for each in settings:
+            sized = _sized(prompt, each) if len(settings) > 1 else prompt
+            found += [
+                Clip(_at_strength(sized, strength) if len(strengths) > 1 else sized, replace(each, strength=strength))
+                for strength in strengths
+            ]
     owner: dict[str, str] = {}
     for clip in found:
         other = owner.setdefault(clip.prompt.slug.casefold(), clip.prompt.nickname)
@@ -55,6 +63,16 @@ def clips(run: Run, spec: ModelSpec, prompts: Sequence[Prompt]) -> tuple[list[Cl
 def _sized(prompt: Prompt, settings: Settings) -> Prompt:
     size = f"{settings.width}x{settings.height}"
     return replace(prompt, nickname=f"{prompt.nickname} {size}", slug=f"{prompt.slug}_{size}", picture=prompt.slug)
+
+
+def _at_strength(prompt: Prompt, strength: float) -> Prompt:
+    return replace(
+        prompt,
+        nickname=f"{prompt.nickname} · strength {strength:g}",
+        slug=f"{prompt.slug}_strength-{strength:g}",
+        picture=prompt.picture or prompt.slug,
+        frame=prompt.slug,
+    )
 
 
 def by_shape(found: Sequence[Clip]) -> Iterator[list[Clip]]:

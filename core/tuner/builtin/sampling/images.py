@@ -36,7 +36,7 @@ LAST_SUFFIX = "-last"
 
 def sample_id(prompt: Prompt) -> str:
     """What the starting frame of a prompt is found by; no sample of a dataset can have it."""
-    return f"validation//{prompt.slug}"
+    return f"validation//{prompt.frame or prompt.slug}"
 
 
 def starting_samples(

@@ -9,6 +9,7 @@ from pydantic import Field
 from tuner.plugin import PluginConfig, key
 
 Layer = Annotated[int, Field(ge=0)]
+Strength = Annotated[float, Field(ge=0)]
 
 
 class SamplingConfig(PluginConfig):
@@ -38,6 +39,15 @@ class SamplingConfig(PluginConfig):
     validation_guidance_skip_layers_stop: float = key(
         0.2, "Fraction of the sampling steps before which skip-layer guidance ends.", ge=0, le=1
     )
+    validation_adapter_strength: Strength | Annotated[list[Strength], Field(min_length=1)] = key(
+        1.0, "Strength of the trained LoRA in the clips, or a list of several: a clip for each."
+    )
     evaluation_type: Literal["none", "clip"] | None = key(
         None, "Scores of rendered media. `clip` is for pictures and is refused: `eval_steps_interval` measures video."
     )
+
+    @property
+    def strengths(self) -> list[float]:
+        """Each strength once."""
+        wish = self.validation_adapter_strength
+        return list(dict.fromkeys(wish if isinstance(wish, list) else [wish]))

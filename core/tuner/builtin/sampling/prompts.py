@@ -59,6 +59,8 @@ class Prompt:
     """Core keys that this prompt has its own values for."""
     picture: str = ""
     """What its pictures are named by, where that is not the slug."""
+    frame: str = ""
+    """What its encoded starting frame is found by, where that is not the slug."""
 
 
 def validation_prompts(core: CoreConfig, *, builtin: bool = False) -> tuple[Prompt, ...]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +73,7 @@ def render(run: Run, model: Model, clips: Sequence[Clip]) -> list[Path]:
         return []
     written: list[Path] = []
     rows: list[Row] = []
+    bases: list[Path] = []
     files: dict[str, list[str]] = {}
     for rendering, frames in _decode_all(run, model, renderings):
         prompt = rendering.prompt
@@ -81,8 +81,9 @@ def render(run: Run, model: Model, clips: Sequence[Clip]) -> list[Path]:
         files[prompt.slug] = [path.name for path in media]
         written += media
         rows.append(Row(prompt.nickname, prompt.text, evenly(frames, COLUMNS)))
-        if (before := _of_the_base(run, record, prompt)) is not None:
-            rows.append(Row(f"{prompt.nickname} · base model", prompt.text, before))
+        if (before := _of_the_base(run, record, prompt)) is not None and before not in bases:
+            bases.append(before)
+            rows.append(Row(f"{prompt.nickname} · base model", prompt.text, read_evenly(before, COLUMNS)))
     if rows:
         sheet = folder / _marked(SHEET, run)
         title = f"step {run.step}  ·  {_called(run.variant)}" if run.variant else f"step {run.step}"
@@ -149,10 +150,20 @@ def _sampled(
             prompt, negative, given = (
                 _on(run, each) for each in (encoded(clip.prompt.text), encoded(settings.negative), images[clip] or {})
             )
-            with _counted(advance, settings.steps) as on_step:
+            with _counted(advance, settings.steps) as on_step, _at_strength(model, settings.strength):
                 request = settings.request(prompt, negative, on_step, given, _watching(run, model, clip))
                 latents = model.sample(request).detach().to("cpu", torch.float32)
             yield clip, latents
+
+
+@contextmanager
+def _at_strength(model: Model, strength: float) -> Iterator[None]:
+    """While entered, what was trained counts as much as that."""
+    with ExitStack() as stack:
+        for network in model.networks.values() if strength != 1 else ():
+            if network.adapter is not None and network.adapter.scaled is not None:
+                stack.enter_context(network.adapter.scaled(strength))
+        yield
 
 
 def _watching(run: Run, model: Model, clip: Clip) -> Callable[[int, Tensor], None] | None:
@@ -286,21 +297,23 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _of_the_base(run: Run, record: Mapping[str, Any], prompt: Prompt) -> NDArray[np.uint8] | None:
-    """Some frames (F, H, W, 3) that the base model rendered of a prompt with the same settings, if it did."""
+def _of_the_base(run: Run, record: Mapping[str, Any], prompt: Prompt) -> Path | None:
+    """What the base model rendered of a prompt with the same settings, if it did."""
     path = run.output_dir / "validation" / "step-0" / f"validation@{variants.BASE}.json"
     held = _read(path) if run.variant != variants.BASE else None
-    for before, now in product((held or {}).get("prompts", ()), record["prompts"]):
-        if now["nickname"] != prompt.nickname or _how(before) | _own(held, before) != _how(now) | _own(record, now):
-            continue
-        clip = next((path.parent / name for name in before["files"]), None)
-        return read_evenly(clip, COLUMNS) if clip is not None and clip.is_file() else None
+    now = next(each for each in record["prompts"] if each["nickname"] == prompt.nickname)
+    for before in (held or {}).get("prompts", ()):
+        if _shown(held, before) == _shown(record, now):
+            found = next((path.parent / name for name in before["files"]), None)
+            return found if found is not None and found.is_file() else None
     return None
 
 
-def _own(record: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> dict[str, Any]:
-    settings = entry.get("settings", (record or {}).get("settings"))
-    return {"settings": json.loads(json.dumps(settings))}
+def _shown(record: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a clip beside the weights."""
+    settings = dict(entry.get("settings") or (record or {}).get("settings") or {})
+    settings.pop("strength", None)
+    return _how({"prompt": entry["prompt"], "image": entry.get("image"), "settings": settings})
 
 
 def _fault(run: Run, model: Model, prompt: Prompt) -> str:

@@ -49,6 +49,8 @@ class Settings:
     skip_scale: float = 2.8
     skip_start: float = 0.01
     skip_stop: float = 0.2
+    strength: float = 1.0
+    """Of the trained adapter."""
 
     @property
     def layer_skip(self) -> LayerSkip | None:
@@ -91,7 +93,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """All of it, for ``validation.json``; without what is not done."""
-        off = set() if self.rescale else {"rescale"}
+        off = {name for name, usual in (("rescale", 0.0), ("strength", 1.0)) if getattr(self, name) == usual}
         if not self.skip_layers:
             off |= {"skip_layers", "skip_scale", "skip_start", "skip_stop"}
         return {name: value for name, value in asdict(self).items() if name not in off}
