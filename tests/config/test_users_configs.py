@@ -55,8 +55,8 @@ def test_the_users_config_passes_unchanged_and_every_key_has_an_owner(
     assert "'sageattention' needs a CUDA device: the exact kernel is used here" in caplog.text
     assert any("wandb" in warning for warning in assembly.warnings)
     core = assembly.core
-    pending, hub = assembly.plugins["pending"].config, assembly.plugins["hub"].config
-    assert (hub.push_to_hub, core.max_grad_norm, pending.validation_guidance_skip_layers) == (True, 0.01, [9])
+    sampling, hub = assembly.plugins["sampling"].config, assembly.plugins["hub"].config
+    assert (hub.push_to_hub, core.max_grad_norm, sampling.validation_guidance_skip_layers) == (True, 0.01, [9])
     assert core.attention_mechanism == "sageattention"
     assert assembly.plugins["lora"].config.lora_rank == 16
 

@@ -80,6 +80,7 @@ def make_settings(folder: Path, tmp_path: Path) -> Settings:
             "lora_dropout": 0.2,
             "learning_rate": 1e-2,
             "user_prompt_library": str(tmp_path / "library.json"),
+            "disable_benchmark": True,
             "validation_num_inference_steps": 20,
             "validation_resolution": "96x64",
             "validation_num_video_frames": 9,
