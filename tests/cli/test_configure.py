@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -100,7 +101,10 @@ def test_a_second_call_edits_what_was_answered_anew_and_keeps_the_rest(call: Cal
     assert next(Path("config").glob("config.json.*.bak")).read_text() == own
     assert call("configure", "--yes", "--trigger", "ohwx") == 0
     assert clips_entry()["caption_prepend"] == "ohwx,"
-    assert clips_entry()["repeats"] == 0 or clips_entry()["repeats"] == 3
+    assert '"repeats": 3, // seldom' in LIST.read_text(), "the answer is about captions"
+    assert call("configure", "--yes", "--trigger", "-", "--frames", "20") == 0
+    assert "caption_prepend" not in clips_entry()
+    assert clips_entry()["video"] == {"num_frames": 17, "min_frames": 17}
     assert call("check") == 0
 
 
@@ -116,6 +120,29 @@ def test_levers_follow_the_card(call: Call, capsys: pytest.CaptureFixture[str]) 
     written = raw_config(CONFIG)
     assert "enable_group_offload" not in written
     assert written["plan_card"] == "H200"
+
+
+def test_other_clips_take_the_place_of_the_first_entry(call: Call) -> None:
+    assert call("configure", "--yes", "--clips", "clips", "--base", "model", "--card", "none") == 0
+    other = {
+        "id": "mine",
+        "dataset_type": "eval",
+        "instance_data_dir": "clips",
+        "resolution": 64,
+        "video": {"num_frames": 9},
+    }
+    LIST.write_text(json.dumps([*plain_data(LIST), other], indent=2))
+    Path("clips").rename("others")
+    Path("clips").mkdir()
+    shutil.copy("others/clip-00.mp4", "clips")
+    shutil.copy("others/clip-00.txt", "clips")
+    assert call("configure", "--yes", "--clips", "others") == 0
+    listed = plain_data(LIST)
+    assert [each["id"] for each in listed] == ["others", "text-embeds", "mine"]
+    assert listed[0]["instance_data_dir"] == "others"
+    assert listed[2] == other
+    assert raw_config(CONFIG)["output_dir"] == "output/others"
+    assert call("check") == 0
 
 
 def test_a_config_written_by_hand_is_completed(call: Call) -> None:

@@ -44,8 +44,6 @@ AFTER = {
 """Keys that are proposed anew when an answer is another one than the file's; all others stay as the file has them."""
 FITTED = ("card", "model", "family")
 """Answers after which the planner's levers are chosen anew."""
-MEDIA = ("clips", "trigger", "caption", "frames", "model", "family")
-"""Answers after which the entries of datasets are proposed anew."""
 
 
 @dataclass
@@ -105,7 +103,7 @@ class Drafting:
         proposed = self._proposed(answers, found, spec, fixed.get(STEPS[0]))
         settings, why, gone = self._merged(proposed, changed, fixed, answers.family)
         listed = datasets(answers, found, spec)
-        entries = self.existing.entries_with(listed, changed & set(MEDIA))
+        entries = self.existing.entries_with(listed, changed)
         made = Draft(
             answers,
             found,

@@ -27,8 +27,17 @@ REMEMBERED = re.compile(r"^// tuner configure: (\{.*\})$", re.MULTILINE)
 MEDIA = ("video", "image")
 OURS = re.compile(r"(prompt|seen)_\d+|unseen")
 """Nicknames of prompts that are made here."""
-AGAIN = ("caption_prepend", "instance_prompt")
-"""Keys of an entry that go when nothing proposes them any more."""
+CAPTIONS = ("caption_strategy", "caption_prepend", "instance_prompt")
+FRAMES = ("num_frames", "min_frames", "frame_buckets", "fps")
+AFTER = {
+    "trigger": CAPTIONS,
+    "caption": CAPTIONS,
+    "frames": ("video",),
+    "model": ("resolution", "video"),
+    "family": ("resolution", "video"),
+    "clips": ("id", "instance_data_dir", "cache_dir_vae", "resolution", "resolution_type", "video", *CAPTIONS),
+}
+"""Keys of an entry that are proposed anew when an answer is another one."""
 PROMPTED = frozenset(("prompts", "trigger", "teach", "clips"))
 
 
@@ -91,11 +100,11 @@ class Existing:
             match = None if entry.get("disabled") else next((p for p in left if p.values["dataset_type"] == kind), None)
             if match is not None:
                 left.remove(match)
-            if match is None or kind not in MEDIA or not changed:
+            if match is None or kind not in MEDIA:
                 result.append((entry, {}))
             else:
-                result.append((_renewed(entry, match, moved="clips" in changed), match.why))
-        if not self.entries or changed:
+                result.append((_renewed(entry, match, changed), match.why))
+        if not self.entries or "clips" in changed:
             result += [(each.values, each.why) for each in left]
         return result
 
@@ -216,15 +225,13 @@ def _words(answers: Answers) -> dict[str, Any]:
     return asdict(answers) | {"clips": str(answers.clips), "prompts": list(answers.prompts)}
 
 
-def _renewed(entry: Mapping[str, Any], proposal: Proposal, *, moved: bool) -> dict[str, Any]:
-    """An entry with what is proposed; its name and its cache are its own unless the clips are others."""
-    new = dict(proposal.values)
-    if not moved:
-        new = {key: value for key, value in new.items() if key not in ("id", "cache_dir_vae", "instance_data_dir")}
-    kept = {key: value for key, value in entry.items() if key not in AGAIN}
+def _renewed(entry: Mapping[str, Any], proposal: Proposal, changed: frozenset[str]) -> dict[str, Any]:
+    """An entry with what is proposed for the answers that changed; all else is its own."""
+    keys = {key for answer in changed for key in AFTER.get(answer, ())}
+    new = {key: value for key, value in proposal.values.items() if key in keys}
+    kept = {key: value for key, value in entry.items() if key not in keys or key in new or key not in CAPTIONS}
     if isinstance(frames := kept.get("video"), Mapping) and "video" in new:
-        own = {key: value for key, value in frames.items() if key not in ("num_frames", "frame_buckets", "fps")}
-        new["video"] = {**own, **new["video"]}
+        new["video"] = {**{key: value for key, value in frames.items() if key not in FRAMES}, **new["video"]}
     return {**kept, **new}
 
 
