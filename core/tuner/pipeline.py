@@ -132,7 +132,7 @@ def _run(assembly: Assembly) -> None:
 
     with processes.together():
         found = survey(assembly)
-        resume = checkpoint.find(found.run.output_dir, found.run.config.resume_from_checkpoint)
+    resume = _to_resume(assembly, found.run)
     if resume is not None and resume[1]["step"] >= found.total:
         if found.run.is_main:
             print(f"nothing to train: {resume[0]} is at step {found.total} of it; raise max_train_steps to go on")
@@ -150,6 +150,18 @@ def _run(assembly: Assembly) -> None:
             if len(model.networks) > 1:
                 turns.leave(network)  # to the host, until its turn comes
         ended.append(_train(assembly, found, engine, model, cached, plan, resume))
+
+
+def _to_resume(assembly: Assembly, run: Run) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """The checkpoint to go on from; one that is elsewhere is brought into the output folder by a plugin first."""
+    wanted = run.config.resume_from_checkpoint
+    fetched = False
+    with processes.together():
+        if run.is_main and wanted not in (None, "latest") and not Path(wanted).is_dir():
+            fetched = bool(assembly.manager.hook.fetch_checkpoint(run=run, reference=wanted))
+    [fetched] = processes.any_of(fetched)
+    with processes.together():
+        return checkpoint.find(run.output_dir, "latest" if fetched else wanted)
 
 
 @contextmanager

@@ -238,3 +238,61 @@ def test_upload_ends_with_the_run(hub: Hub, tmp_path: Path) -> None:
         child.stdin.write(json.dumps(order) + "\n")
         child.stdin.close()
         assert child.wait(60) == 1
+
+
+class TestResume:
+    """Going on from the hub. Its package reads the address once, so each run is a process of its own."""
+
+    def start(
+        self, job: Any, output: str, reference: str, tmp_path: Path, **keys: Any
+    ) -> subprocess.CompletedProcess[str]:
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps(job.config(output, resume_from_checkpoint=reference, **keys)))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(job.distribution), *sys.path])}
+        command = [sys.executable, "-m", "tuner", "run", "--config", str(config)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    @pytest.fixture(scope="class")
+    def uploaded(self, job: Any) -> dict[str, bytes]:
+        """A repository with the checkpoints of half a run."""
+        output = job.run("hub-half", max_train_steps=3)
+        folder = output / "checkpoint-3"
+        files = {f"checkpoint-3/{each.relative_to(folder)}": each.read_bytes() for each in folder.rglob("*")}
+        return files | {"README.md": b"a card", "checkpoint-2/half.safetensors": b"no manifest: never finished"}
+
+    def test_a_run_goes_on_from_the_hub(
+        self, job: Any, hub: Hub, uploaded: dict[str, bytes], state_of: Any, tmp_path: Path
+    ) -> None:
+        hub.repositories["me/half"] = uploaded
+        whole = job.run("hub-undisturbed")
+        done = self.start(job, "hub-resumed", "hub:me/half", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert state_of(job.folder / "hub-resumed", 6) == state_of(whole, 6)
+        # The same command again: what was done here is not thrown away.
+        again = self.start(job, "hub-resumed", "hub:me/half/checkpoint-3", tmp_path, max_train_steps=6)
+        assert again.returncode == 0
+        assert "nothing to train" in again.stdout
+
+    def test_what_is_damaged_or_not_there_is_one_error(
+        self, job: Any, hub: Hub, uploaded: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        [name] = [each for each in uploaded if each.endswith("pytorch_lora_weights.safetensors")]
+        hub.repositories |= {"me/half": uploaded, "me/bad": uploaded | {name: b"cut"}}
+        for reference, words in (
+            ("hub:me/half/checkpoint-9", "has no checkpoint-9 on the hub"),
+            ("hub:me/none", "there is no repository me/none"),
+            ("hub:me/half@nowhere", "has no revision 'nowhere'"),
+            ("hub:me/bad", "is missing or damaged"),
+        ):
+            done = self.start(job, "hub-refused", reference, tmp_path)
+            assert done.returncode == 2, reference
+            assert words in done.stderr
+            assert "Traceback" not in done.stderr
+            assert not list((job.folder / "hub-refused").glob("checkpoint-*"))
+
+    @pytest.mark.parametrize("text", ["hub:me", "hub:a/b/c", "hub:a/b/checkpoint-x", "hub:"])
+    def test_what_is_no_reference(self, text: str) -> None:
+        from tuner.builtin.hub.fetch import Reference
+
+        with pytest.raises(ConfigError, match="names no checkpoint on the hub"):
+            Reference.parse(text)

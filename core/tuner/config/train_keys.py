@@ -39,7 +39,7 @@ class TrainKeys(PluginConfig):
     )
     checkpoints_total_limit: int = key(0, "Keep this many newest checkpoints; 0 keeps all.", ge=0)
     resume_from_checkpoint: str | None = key(
-        None, "`latest`: the newest whole checkpoint in `output_dir`; or the path of one."
+        None, "`latest`: the newest whole checkpoint in `output_dir`; or the path of one; or `hub:owner/name`, on the hub."
     )
     logging_steps: int = key(1, "Steps between lines of the local log.", ge=1)
 

@@ -40,6 +40,26 @@ class TrainingHooks:
                 return Release(optimizer) if self.config.gradient_release else None
         """
 
+    @hookspec(firstresult=True)
+    def fetch_checkpoint(self, run: Run, reference: str) -> bool | None:
+        """Bring a checkpoint that is elsewhere into the output folder.
+
+        Called: at most one answers, on the main process, before any weight is read, where ``resume_from_checkpoint`` is
+        neither ``latest`` nor a folder.
+        Arguments: ``run``, without a device; ``reference``, the key's value.
+        Returns: True once ``run.output_dir`` holds it as ``checkpoint-<step>``, whole, or has gone further; None for a
+        reference of another kind. Raises CheckpointError or ConfigError where it cannot be had.
+
+        Example::
+
+            @hookimpl
+            def fetch_checkpoint(self, run, reference):
+                if not reference.startswith("rsync:"):
+                    return None
+                copy(reference, run.output_dir)
+                return True
+        """
+
     @hookspec
     def on_resume(
         self, run: Run, checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any], passed: Sequence[str]

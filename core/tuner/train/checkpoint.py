@@ -142,7 +142,7 @@ def find(output_dir: Path, wanted: str | None) -> tuple[Path, dict[str, Any], li
             raise CheckpointError(
                 "resume_from_checkpoint names a folder that does not exist",
                 where=path,
-                allowed=["latest", *(str(each) for _, each in found)],
+                allowed=["latest", *(str(each) for _, each in found), "hub:owner/name"],
             )
         return path, read_manifest(path), []
     passed: list[str] = []

@@ -89,6 +89,16 @@ class HubPlugin(Plugin[HubConfig]):
             ) from None
 
     @hookimpl
+    def fetch_checkpoint(self, run: Run, reference: str) -> bool | None:
+        """Of the hub: ``hub:owner/name``, with ``@revision`` and a folder where one is meant."""
+        from tuner.builtin.hub.fetch import PREFIX, fetch
+
+        if not reference.startswith(PREFIX):
+            return None
+        fetch(run, reference)
+        return True
+
+    @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Sequence[Transform]:
         """Nothing to edit. This is where a run begins: it says where its uploads will go."""
         if self.is_active(run.config) and run.is_main:
