@@ -52,7 +52,7 @@ def configure(
     yes: Yes = False,
     debug: options.Debug = False,
 ) -> None:
-    """Ask what you want to train on what, and write config.json and multidatabackend.json."""
+    """Ask what to teach a model, look at clips and card, and write the config."""
     import sys
 
     if not yes and not (sys.stdin.isatty() and sys.stdout.isatty()):
