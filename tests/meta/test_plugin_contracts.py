@@ -11,6 +11,7 @@ import torch
 
 from tuner.builtin.hub import HubConfig
 from tuner.builtin.pending.keys import PendingKeys
+from tuner.builtin.sampling.keys import SamplingConfig
 from tuner.selection import discover
 from tuner.testing.contract import FamilyContract, PluginContract
 
@@ -212,6 +213,7 @@ class TestWatchdog(PluginContract):
 
 class TestSampling(PluginContract):
     plugin = "sampling"
+    legacy_keys = frozenset(SamplingConfig.model_fields)
 
 
 class TestSources(PluginContract):
