@@ -21,6 +21,7 @@ from tuner.builtin.sampling.prompts import Prompt, built_in, slug, validation_pr
 from tuner.builtin.sampling.settings import settings_for
 from tuner.config.keys import CoreConfig
 from tuner.errors import ConfigError, ConfigErrors, PluginError
+from tuner.model import LayerSkip
 from tuner.run import Run
 from tuner.testing.clips import render_clip
 from tuner.testing.killing import start_several
@@ -49,11 +50,25 @@ class Job:
             (folder / f"clips/{index}.txt").write_text(f"shapes number {index}", encoding="utf-8")
 
     def config(self, output: str, **keys: Any) -> dict[str, Any]:
-        data = {"id": "clips", "type": "local", "dataset_type": "video", "instance_data_dir": f"{self.folder}/clips"}
+        data: dict[str, Any] = {
+            "id": "clips",
+            "type": "local",
+            "dataset_type": "video",
+            "instance_data_dir": f"{self.folder}/clips",
+        }
         data |= {"cache_dir_vae": f"{self.folder}/cache", "caption_strategy": "textfile", "resolution": 64}
         data |= {"resolution_type": "pixel_area", "video": {"num_frames": 5, "min_frames": 5}}
-        text = {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": f"{self.folder}/text"}
-        own = {"model_family": "toy", "pretrained_model_name_or_path": str(self.model), "mixed_precision": "no"}
+        text: dict[str, Any] = {
+            "id": "text",
+            "dataset_type": "text_embeds",
+            "default": True,
+            "cache_dir": f"{self.folder}/text",
+        }
+        own: dict[str, Any] = {
+            "model_family": "toy",
+            "pretrained_model_name_or_path": str(self.model),
+            "mixed_precision": "no",
+        }
         own |= {"output_dir": str(self.folder / output), "max_train_steps": 2, "learning_rate": 0.05, "lora_rank": 4}
         return own | {"data_backend_config": [data, {**text, "type": "local"}]} | CLIPS | keys
 
@@ -183,7 +198,8 @@ def test_two_processes_share_the_clips(job: Job) -> None:
     shared = job.folder / "clips-shared"
     assert names(shared, 1) == names(alone, 1)
     for name in ("validation", "a", "b", "c"):
-        assert np.array_equal(*(decoded(each / f"validation/step-1/{name}.mp4") for each in (alone, shared)))
+        ours, theirs = (decoded(each / f"validation/step-1/{name}.mp4") for each in (alone, shared))
+        assert np.array_equal(ours, theirs)
 
 
 # --- prompts ------------------------------------------------------------------------------------------------
@@ -291,7 +307,7 @@ def test_guidance_options_reach_the_request_and_the_record(tmp_path: Path) -> No
     run = toy_run(tmp_path, config)
     settings, _ = settings_for(run, run.spec)
     request = settings.request({}, {}, None)
-    assert (request.layer_skip.layers, request.layer_skip.scale, request.layer_skip.stop) == ((9,), 2.8, 1.0)
+    assert request.layer_skip == LayerSkip((9,), 2.8, 0.01, 1.0)
     assert request.rescale == 0.7
     assert settings.record()["skip_layers"] == (9,)
     assert "skip_layers" not in settings_for(toy_run(tmp_path / "plain"), run.spec)[0].record()

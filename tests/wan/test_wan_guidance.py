@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from diffusers.hooks import HookRegistry, LayerSkipConfig
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
 from torch import Tensor, nn
 
+from tuner.blocks import StepContext
 from tuner.materialise import materialise
 from tuner.model import EncodeBatch, LayerSkip, Model, SampleRequest
 from tuner.run import Run
@@ -205,3 +206,61 @@ def test_blocks_are_left_out_and_come_back(tiny: Path) -> None:
     with without_blocks(plain, frozenset({1, 3})):
         assert [id(each) for each in plain.blocks] == [id(blocks[0]), id(blocks[2])]
     assert list(plain.blocks) == blocks
+
+
+@pytest.mark.parametrize(
+    ("flavour", "keys", "words"),
+    [
+        (
+            "t2v-480p-1.3b-2.1",
+            {"validation_noise_scheduler": "euler", "validation_num_inference_steps": 20},
+            "20 steps",
+        ),
+        ("t2v-480p-1.3b-2.1", {"validation_num_inference_steps": 20}, None),
+        ("t2v-480p-1.3b-2.1", {"validation_guidance": 7.5}, "validation_guidance is 7.5: Wan renders well from 3 to 6"),
+        ("t2v-480p-1.3b-2.1", {"validation_guidance": 5.2}, None),
+        ("t2v-14b-2.2-both", {"validation_guidance_2": 1.0}, "validation_guidance_2 is 1:"),
+        ("t2v-14b-2.2-high", {"validation_guidance_2": 4.0}, "one expert renders alone"),
+        ("t2v-14b-2.2-both", {}, None),
+    ],
+)
+def test_what_spoils_clips_is_said(
+    flavour: str, keys: dict[str, Any], words: str | None, flavours: Callable[[str], Path], plugin: WanPlugin,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    from tuner.config.keys import CoreConfig
+
+    core = CoreConfig(pretrained_model_name_or_path=str(flavours(flavour)), model_flavour=flavour, **keys)
+    run = Run(core, {}, explicit=frozenset(keys))
+    plugin.check_model(run, plugin.describe_model(run))
+    assert [each for each in caplog.messages if "validation_" in each or "renders with" in each] == caplog.messages
+    assert [words in each for each in caplog.messages if words] == ([] if words is None else [True])
+    assert len(caplog.messages) == (words is not None)
+
+
+def test_blocks_that_stream_may_be_left_out(tiny: Path, new_run: Callable[..., Run], plugin: WanPlugin) -> None:
+    """The block driver asks for no weights of a block that is skipped, and the rest come in their order."""
+    run = new_run(plugin, pretrained_model_name_or_path=str(tiny))
+    model = plugin.load_model(run)
+    materialise(model.network, device=run.device)
+    entered: list[list[int]] = []
+
+    class Recorder:
+        streamed: Set[int] = frozenset()
+
+        def begin(self, differentiated: bool) -> None:
+            entered.append([])
+
+        def enter(self, index: int) -> None:
+            entered[-1].append(index)
+
+        def leave(self, index: int) -> None: ...
+
+        def backward_done(self, index: int) -> None: ...
+
+        def end(self, differentiated: bool) -> None: ...
+
+    model.network.trampoline.context = StepContext(residency=Recorder())
+    model.sample(request_of(plugin, model, layer_skip=LayerSkip((1,), 2.8, 0.0, 1.0)))
+    skipped = [each for each in entered if each != [0, 1, 2, 3]]
+    assert skipped == [[0, 2, 3]] * (STEPS - 1)

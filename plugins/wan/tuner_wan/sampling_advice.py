@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tuner.run import Run
@@ -20,7 +20,7 @@ def advice(run: Run, spec: ModelSpec, *, pair: bool) -> Iterator[str]:
 
     ``pair``: whether both experts render.
     """
-    values = {
+    values: dict[str, Any] = {
         name: getattr(run.config, key) if key in run.explicit else spec.defaults.get(key, getattr(run.config, key))
         for name in ("num_inference_steps", "noise_scheduler", "guidance", "guidance_2")
         for key in (f"validation_{name}",)

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.errors import ConfigError, ConfigErrors, nearest
+from tuner.errors import ConfigError, ConfigErrors, TunerError, nearest
 
 if TYPE_CHECKING:
     from tuner.config.keys import CoreConfig
@@ -138,7 +138,7 @@ def _library(path: Path) -> list[tuple[str, Entry]]:
             where=path,
             allowed='{"nickname": "prompt"}',
         )
-    found, wrong = [], list[ConfigError]()
+    found, wrong = [], list[TunerError]()
     for nickname, value in entries.items():
         try:
             found.append((nickname, _entry(nickname, value, path)))
