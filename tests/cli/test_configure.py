@@ -155,6 +155,29 @@ def test_a_config_written_by_hand_is_completed(call: Call) -> None:
     assert call("check") == 0
 
 
+def test_a_list_of_datasets_may_be_in_the_config_itself(call: Call) -> None:
+    assert call("configure", "--yes", "--clips", "clips", "--base", "model", "--card", "none") == 0
+    config = raw_config(CONFIG) | {"data_backend_config": plain_data(LIST)}
+    CONFIG.write_text(json.dumps(config))
+    LIST.unlink()
+    words = ("--trigger", "ohwx", "--frames", "9", "--prompt", "a red | blue thing", "--prompt", "second")
+    assert call("configure", "--yes", "--clips", "clips", *words) == 0
+    assert not LIST.exists()
+    entry = raw_config(CONFIG)["data_backend_config"][0]
+    assert (entry["caption_prepend"], entry["video"]) == ("ohwx,", {"num_frames": 9, "min_frames": 9})
+    assert list(plain_data(LIBRARY).values()) == ["a red | blue thing", "second"]
+    assert call("check") == 0
+
+
+def test_a_list_that_cannot_be_edited_is_refused(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config").mkdir()
+    Path("config/data.yaml").write_text("- {id: a, dataset_type: video, instance_data_dir: clips}\n")
+    CONFIG.write_text('{"model_family": "wan", "data_backend_config": "config/data.yaml"}')
+    assert call("configure", "--yes", "--clips", "clips", "--card", "none") == 2
+    assert "lists of datasets in JSON alone" in capsys.readouterr().err
+    assert backups() == []
+
+
 def test_files_without_captions_take_one_for_all_or_are_named(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     Path("clips/clip-01.txt").unlink()
     flags = ("configure", "--yes", "--clips", "clips", "--base", "model", "--card", "none")

@@ -69,12 +69,11 @@ def configure(
         "base": base,
         "card": card,
         "frames": frames,
-        "prompts": " | ".join(prompt) if prompt else None,
     }
-    _run(output, {name: text for name, text in given.items() if text is not None}, context.args, yes)
+    _run(output, {name: text for name, text in given.items() if text is not None}, prompt or [], context.args, yes)
 
 
-def _run(output: Path, given: Mapping[str, str], arguments: list[str], yes: bool) -> None:
+def _run(output: Path, given: Mapping[str, str], prompts: list[str], arguments: list[str], yes: bool) -> None:
     from tuner.cli.configure import questions
     from tuner.cli.configure.draft import Drafting
     from tuner.cli.configure.files import Existing
@@ -89,6 +88,7 @@ def _run(output: Path, given: Mapping[str, str], arguments: list[str], yes: bool
     existing = Existing.read(output, index)
     known = questions.models(catalog)
     answers = existing.answers | {name: questions.parsed(name, text) for name, text in given.items()}
+    answers |= {"prompts": tuple(prompts)} if prompts else {}
     answers = _completed(answers, fixed, known, catalog)
     drafting = Drafting(existing, output, catalog, show_progress=not yes)
     if yes:

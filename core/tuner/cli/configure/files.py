@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.cli.configure import edit
-from tuner.cli.configure.propose import Answers, Proposal
+from tuner.cli.configure.propose import LONGEST, Answers, Proposal
 from tuner.config.load import bare_name, plain_data, raw_config
 from tuner.config.owners import KeyIndex, canonical
 from tuner.errors import ConfigError
@@ -38,6 +38,8 @@ AFTER = {
     "clips": ("id", "instance_data_dir", "cache_dir_vae", "resolution", "resolution_type", "video", *CAPTIONS),
 }
 """Keys of an entry that are proposed anew when an answer is another one."""
+ASSUMED: dict[str, Any] = {"trigger": "", "caption": "", "frames": LONGEST, "prompts": []}
+"""Answers that a config written by hand is taken to have."""
 PROMPTED = frozenset(("prompts", "trigger", "teach", "clips"))
 
 
@@ -84,7 +86,8 @@ class Existing:
     def differing(self, answers: Answers) -> frozenset[str]:
         """Names of the answers that are others than those of the files."""
         new = _words(answers)
-        return frozenset(name for name, value in self.answers.items() if new[name] != value)
+        known = ASSUMED | self.answers if self.settings else {}
+        return frozenset(name for name, value in known.items() if new[name] != value)
 
     def entries_with(
         self, proposed: Sequence[Proposal], changed: frozenset[str]
