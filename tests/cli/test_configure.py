@@ -120,6 +120,10 @@ def test_levers_follow_the_card(call: Call, capsys: pytest.CaptureFixture[str]) 
     written = raw_config(CONFIG)
     assert "enable_group_offload" not in written
     assert written["plan_card"] == "H200"
+    assert written["gradient_checkpointing"] is False, "there is room"
+    assert call("configure", "--yes", "--card", "139G") == 0
+    assert raw_config(CONFIG)["gradient_checkpointing"] is False, "the same lever, for another card"
+    assert "plan_card" not in raw_config(CONFIG)
 
 
 def test_other_clips_take_the_place_of_the_first_entry(call: Call) -> None:

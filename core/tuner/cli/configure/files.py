@@ -139,7 +139,12 @@ class Existing:
         text = REMEMBERED.sub("", text, count=1).lstrip("\n") if REMEMBERED.search(text) else text
         values = {key: value for key, value in whole.items() if self.settings.get(key, ...) != value}
         text = edit.changed(
-            text, edit.container_at(text), values, why=draft.reasons, without=draft.gone, name_of=self._name
+            text,
+            edit.container_at(text),
+            values,
+            why=draft.reasons,
+            without=draft.gone - whole.keys(),
+            name_of=self._name,
         )
         return _put(path, f"{head}\n{text}", whole, self._canonical)
 
