@@ -123,6 +123,7 @@ def test_at_its_own_moments_no_clip_is_rendered(make_settings: Settings, logged:
         make_settings(
             eval_steps_interval=2,
             validation_step_interval=3,
+            disable_benchmark=True,
             validation_prompt="a red square",
             validation_num_inference_steps=1,
             validation_resolution="64x64",

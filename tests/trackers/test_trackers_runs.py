@@ -17,6 +17,7 @@ from tuner.testing.local_log import timeless_lines
 
 Run = Callable[..., Path]
 RENDERED = {
+    "disable_benchmark": True,
     "validation_prompt": "a red square",
     "validation_step_interval": 2,
     "validation_num_inference_steps": 1,

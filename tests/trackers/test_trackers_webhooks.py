@@ -71,6 +71,7 @@ def written(folder: Path, server: Server, **keys: str) -> str:
 
 
 RENDERED = {
+    "disable_benchmark": True,
     "validation_prompt": "a red square",
     "validation_step_interval": 4,
     "validation_num_inference_steps": 1,
