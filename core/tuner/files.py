@@ -24,9 +24,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         yield temporary
-        sync_file(temporary)
+        # In a folder that is temporary itself, whoever renames that one sees to the disk.
+        durable = not any(part.startswith(TEMPORARY) for part in path.parts[:-1])
+        if durable:
+            sync_file(temporary)
         temporary.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

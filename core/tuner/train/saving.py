@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 ROOM = 2
 """The copy is made where the host has this many times its size free."""
 
+KEPT_BYTES = 2**30
+"""Copies no larger than this stay in memory, for the next checkpoint."""
+
 
 class Saving:
     """The checkpoint that is being written, if there is one."""
@@ -32,6 +35,7 @@ class Saving:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._writing: _Writing | None = None
+        self._copies: dict[str, state.Contents] = {}
 
     def start(self) -> Path:
         """Begin the checkpoint of this step; gives its folder, which is there when :meth:`finish` has returned.
@@ -58,7 +62,9 @@ class Saving:
                 return target
             apart = psutil.virtual_memory().available > ROOM * sum(each.nbytes for each in contents.values())
             if apart:
-                contents = {name: each.copied() for name, each in contents.items()}
+                contents = {name: each.copied(self._copies.get(name)) for name, each in contents.items()}
+                small = sum(each.nbytes for each in contents.values()) <= KEPT_BYTES
+                self._copies = contents if small else {}
             self._writing = _Writing(target, directory, contents, sealing.pop_all())
         self._writing.start()
         if not apart:
