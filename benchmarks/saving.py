@@ -3,8 +3,8 @@
     python benchmarks/saving.py --page docs/benchmarks/saving.md
 
 The state is that of a LoRA of rank 16 on Wan 2.1 1.3B: 11.8 million parameters with AdamW's averages, 142 MB. Training
-goes on while a checkpoint is written, so two things are measured: the time for which the loop waits, and how much longer
-steps take while one is written.
+goes on while a checkpoint is written, so two things are measured: the time for which the loop waits, and how much
+longer steps take while one is written.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def written(figures: dict[str, Any]) -> str:
             f"At the default of a checkpoint every {INTERVAL} steps, and steps of {STEP_SECONDS} s, saving takes "
             f"{100 * lost:.3f} % of the run (goal 1 %).",
             "",
-            "While the loop waits, files for other programs are written and what training changes is copied in the host's "
+            "While the loop waits, files for other programs are written and what training changes is copied in host "
             "memory; hashing, writing and flushing are another thread's.",
             "",
         ]

@@ -202,8 +202,8 @@ def written(figures: dict[str, Any]) -> str:
             f"| **all** | **{total:.2f}** |",
             "",
             "*config*: the interpreter, the command line, plugins, keys. *data*: the model's facts, probing, buckets, "
-            "the order of training. *libraries*: torch, diffusers' network class, PEFT, Accelerate. The others are what "
-            "they say.",
+            "the order of training. *libraries*: torch, diffusers' network class, PEFT, Accelerate. The others are "
+            "what they say.",
             "",
             "| | seconds |",
             "|---|---|",
