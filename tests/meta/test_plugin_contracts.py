@@ -226,7 +226,7 @@ class TestStatus(PluginContract):
 
 class TestTrackers(PluginContract):
     plugin = "trackers"
-    legacy_keys = frozenset({"report_to", "tracker_project_name", "tracker_run_name", "webhook_config"})
+    legacy_keys = frozenset({"report_to", "tracker_project_name", "tracker_run_name"})
 
 
 class TestTread(PluginContract):
@@ -235,6 +235,11 @@ class TestTread(PluginContract):
 
 class TestScheduledSampling(PluginContract):
     plugin = "scheduled_sampling"
+
+
+class TestWebhook(PluginContract):
+    plugin = "webhook"
+    legacy_keys = frozenset({"webhook_config"})
 
 
 class TestWan(PluginContract):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tuner.builtin.trackers.outbox import Outbox
+from tuner.builtin.outbox import Outbox
 
 LOG = logging.getLogger("tuner")
 

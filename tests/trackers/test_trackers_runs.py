@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tuner.builtin.trackers import outbox, reporters
+from tuner.builtin import outbox
 from tuner.errors import ConfigError
 from tuner.testing.local_log import timeless_lines
 
@@ -84,7 +84,7 @@ def test_a_registered_tracker_gets_lines_pictures_and_a_config_without_secrets(
 def test_trackers_that_hang_or_raise_change_nothing_in_the_run(
     run: Run, fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reporters, "PATIENCE", 2.0)
+    monkeypatch.setattr(outbox, "PATIENCE", 2.0)
     plain = run(tmp_path / "plain")
     with caplog.at_level(logging.WARNING):
         output = run(tmp_path / "out", plugins=["toy", "fakes"], report_to="hanging,raising,fake")
@@ -102,7 +102,7 @@ def test_trackers_that_hang_or_raise_change_nothing_in_the_run(
 def test_the_training_thread_never_waits_for_a_full_outbox(
     run: Run, fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reporters, "PATIENCE", 0.0)
+    monkeypatch.setattr(outbox, "PATIENCE", 0.0)
     monkeypatch.setattr(outbox.Outbox.__init__, "__kwdefaults__", {"limit": 1})
     output = run(tmp_path / "out", plugins=["toy", "fakes"], report_to="hanging")
     assert len(logged(output)) == 4

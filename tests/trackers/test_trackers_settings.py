@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tuner.builtin.trackers import TrackersConfig, TrackersPlugin, kinds
-from tuner.builtin.trackers.webhook_settings import read
+from tuner.builtin.webhook import WebhookConfig, WebhookPlugin
+from tuner.builtin.webhook.settings import read
 from tuner.config.keys import CoreConfig
 from tuner.config.load import plain_data
 from tuner.errors import ConfigError
@@ -108,5 +109,6 @@ def test_a_wrong_webhook_is_refused_without_its_address(tmp_path: Path, entry: o
 
 
 def test_a_missing_webhook_file_is_told_before_the_run(tmp_path: Path) -> None:
-    [line] = told(webhook_config=str(tmp_path / "webhook.json"))
+    asking = WebhookPlugin("webhook", WebhookConfig(webhook_config=tmp_path / "webhook.json"))
+    [line] = asking.warnings(CoreConfig())
     assert line.startswith("webhook_config: there is no file")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import email
 import json
+import logging
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tuner.builtin.trackers import webhook
-from tuner.builtin.trackers.webhook import Webhook
-from tuner.builtin.trackers.webhook_settings import Settings
+from tuner.builtin import outbox
+from tuner.builtin.webhook import post
+from tuner.builtin.webhook.post import Webhook
+from tuner.builtin.webhook.settings import Settings
 from tuner.errors import TunerError
 
 Run = Callable[..., Path]
@@ -30,6 +32,9 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.posted: list[tuple[str, bytes]] = []
         self.status = 204
+        self.first: list[int | str] = []
+        """what comes of the first messages instead: a status, ``close``, ``nonsense`` or ``stall``"""
+        self.closed = Event()
 
     @property
     def address(self) -> str:
@@ -45,8 +50,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        instead = self.server.first.pop(0) if self.server.first else None
+        if instead in ("close", "stall"):
+            if instead == "stall":
+                self.server.closed.wait(30)
+            self.close_connection = True
+            return
         self.server.posted.append((self.headers["Content-Type"], body))
-        self.send_response(self.server.status)
+        self.send_response(instead if isinstance(instead, int) else self.server.status)
+        if instead == 429:
+            self.send_header("Retry-After", "0")
+        if instead == "nonsense":
+            self.send_header("Content-Length", "999")
+            self.end_headers()
+            self.wfile.write(b"<html>it is all")
+            self.close_connection = True
+            return
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -60,6 +79,7 @@ def server() -> Iterator[Server]:
     thread = Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     yield made
+    made.closed.set()
     made.shutdown()
     made.server_close()
 
@@ -82,7 +102,10 @@ RENDERED = {
 
 def test_a_run_posts_its_start_validations_checkpoints_and_end(run: Run, server: Server, tmp_path: Path) -> None:
     output = run(tmp_path / "out", webhook_config=written(tmp_path, server), **RENDERED)
-    messages = server.messages
+    told = [each for each in server.messages if each["event"] == "progress"]
+    assert [each["step"] for each in told] == [2, 3]  # each begins another tenth of the four
+    assert all(each["seconds_left"] >= 0 and " left" in each["message"] for each in told)
+    messages = [each for each in server.messages if each["event"] != "progress"]
     assert [each["event"] for each in messages] == ["start", "validation", "checkpoint", "end"]
     assert {each["prefix"] for each in messages} == {"out"}
     assert messages[0]["total_steps"] == 4
@@ -122,7 +145,7 @@ def test_a_webhook_that_refuses_ends_no_run_and_its_address_is_not_shown(
     assert "webhook_config failed: the server answers 404" in caplog.text
     server.shutdown()
     server.server_close()
-    monkeypatch.setattr(webhook, "TRIES", 0)
+    monkeypatch.setattr(post, "TRIES", 0)
     caplog.clear()
     assert (run(tmp_path / "again", webhook_config=path) / "checkpoint-4").is_dir()
     assert "the server cannot be reached" in caplog.text
@@ -152,7 +175,7 @@ def test_discord_gets_messages_with_files_ten_at_a_time(server: Server, tmp_path
 def test_a_file_too_large_is_named_and_left_out(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook, "BYTES", 100)
+    monkeypatch.setattr(post, "BYTES", 100)
     large, small = tmp_path / "large.mp4", tmp_path / "small.mp4"
     large.write_bytes(bytes(101))
     small.write_bytes(bytes(100))
@@ -160,3 +183,36 @@ def test_a_file_too_large_is_named_and_left_out(
     [message] = server.messages
     assert message["message"] == "clips (too large to be posted: large.mp4)"
     assert [each["name"] for each in message["files"]] == ["small.mp4"]
+
+
+@pytest.mark.parametrize("fault", [429, 503, "close", "nonsense"])
+def test_a_server_that_fails_once_gets_every_message(server: Server, fault: int | str) -> None:
+    server.first = [fault]
+    Webhook(Settings(webhook_type="raw", callback_url=server.address), "run").post("info", "start", "hello", {})
+    assert server.messages[-1]["message"] == "hello"
+
+
+def test_a_server_that_stalls_ends_no_run_and_is_waited_for_no_longer_than_promised(
+    run: Run, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "PATIENCE", 0.5)
+    server.first = ["stall"] * 20
+    assert (run(tmp_path / "out", webhook_config=written(tmp_path, server)) / "checkpoint-4").is_dir()
+    assert "webhook_config does not answer: the run ends without it" in caplog.text
+
+
+def test_a_preview_is_posted_with_its_picture(server: Server, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from tuner.builtin.webhook.reporter import WebhookReporter
+    from tuner.validate.results import Preview
+
+    picture = tmp_path / "step-05.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
+    told: Any = SimpleNamespace(step=7, total_steps=9, output_dir=tmp_path, log=logging.getLogger("tuner"))
+    reporter = WebhookReporter(told, Webhook(Settings(callback_url=server.address), "run"))
+    reporter.preview(told, Preview("cat", "a cat", 5, 20, picture))
+    outbox.finish([reporter.outbox], at_once=False)
+    [message] = [each for each in server.messages if each["event"] == "preview"]
+    assert (message["sampling_step"], message["of"], message["prompt"]) == (5, 20, "a cat")
+    assert base64.b64decode(message["files"][0]["base64"]) == picture.read_bytes()

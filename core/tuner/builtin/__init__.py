@@ -28,5 +28,6 @@ BUILTINS = {
     "status": "tuner.builtin.status:StatusPlugin",
     "trackers": "tuner.builtin.trackers:TrackersPlugin",
     "watchdog": "tuner.builtin.watchdog:WatchdogPlugin",
+    "webhook": "tuner.builtin.webhook:WebhookPlugin",
 }
 """Plugin name to ``module:Class``."""

@@ -1,4 +1,4 @@
-"""Where a run reports to beside its local log: trackers, and webhooks."""
+"""Where a run reports to beside its local log: trackers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig, key
 
 if TYPE_CHECKING:
-    from tuner.builtin.trackers.reporters import Reporter
-    from tuner.builtin.trackers.webhook_settings import Settings
+    from tuner.builtin.trackers.reporters import TrackerReporter
     from tuner.config.keys import CoreConfig
     from tuner.model import Model, Transform
     from tuner.run import Run
@@ -23,7 +22,7 @@ PROJECT = "tuner"
 
 
 class TrackersConfig(PluginConfig):
-    """Keys of trackers and webhooks."""
+    """Keys of trackers."""
 
     report_to: str = key(
         "none",
@@ -34,29 +33,22 @@ class TrackersConfig(PluginConfig):
     )
     tracker_project_name: str | None = key(None, f"Project in the trackers; `{PROJECT}` when absent.")
     tracker_run_name: str | None = key(None, "Name of the run in the trackers; that of `output_dir` when absent.")
-    webhook_config: Path | None = key(
-        None,
-        "JSON file of a webhook, or of a list of them, to which start, end, errors, checkpoints and files of "
-        "validations are posted.",
-        effect="uploads",
-    )
 
 
 class TrackersPlugin(Plugin[TrackersConfig]):
-    """Reports to TensorBoard, Weights & Biases, Trackio, MLflow, Comet, SwanLab and webhooks, without waiting."""
+    """Reports to TensorBoard, Weights & Biases, Trackio, MLflow, Comet and SwanLab, without waiting."""
 
     Config = TrackersConfig
 
     def __init__(self, name: str, config: TrackersConfig) -> None:
         super().__init__(name, config)
         self._names: tuple[str, ...] = ()
-        self._webhooks: tuple[Settings, ...] = ()
-        self._reporters: list[Reporter] = []
+        self._reporters: list[TrackerReporter] = []
         self._run_ids: dict[str, str] = {}
 
     def is_active(self, core: CoreConfig) -> bool:
         """Whether anything is reported to anyone."""
-        return self.config.report_to.strip().lower() not in ("", "none") or self.config.webhook_config is not None
+        return self.config.report_to.strip().lower() not in ("", "none")
 
     def warnings(self, core: CoreConfig) -> Iterator[str]:
         """What a run will be refused for on this machine, and who is not logged in."""
@@ -79,23 +71,12 @@ class TrackersPlugin(Plugin[TrackersConfig]):
 
         kinds.check(self.config.report_to, _registered)
         self._names = kinds.asked_for(self.config.report_to)
-        path = self.config.webhook_config
-        if path is not None and path.exists():
-            from tuner.builtin.trackers.webhook_settings import read
-
-            self._webhooks = read(path)
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Sequence[Transform]:
         """Nothing to edit. This is where a run begins, and ``tuner check`` has ended: what is not there is refused."""
         for fault in self._faults():
             raise fault
-        if run.is_main and self._webhooks:
-            from tuner.builtin.trackers.reporters import WebhookReporter
-            from tuner.builtin.trackers.webhook import Webhook
-
-            name = self._run_name(run)
-            self._reporters += [WebhookReporter(run, Webhook(each, name)) for each in self._webhooks]
         return []
 
     @hookimpl
@@ -117,21 +98,13 @@ class TrackersPlugin(Plugin[TrackersConfig]):
             each.validation(run, plugin, validation)
 
     @hookimpl
-    def on_checkpoint(self, run: Run, checkpoint: Path) -> None:
-        """Say that there is a checkpoint."""
-        for each in self._reporters:
-            each.checkpoint(run, checkpoint)
-
-    @hookimpl
     def on_run_end(self, run: Run, checkpoint: Path | None, error: BaseException | None) -> None:
         """Close what is open, and wait a little for what is on its way; not where someone asked twice to stop."""
         if not self._reporters:
             return
-        from tuner.builtin.trackers.reporters import finish
+        from tuner.builtin.outbox import finish
 
-        for each in self._reporters:
-            each.end(run, error)
-        finish(self._reporters, at_once=isinstance(error, KeyboardInterrupt))
+        finish([each.outbox for each in self._reporters], at_once=isinstance(error, KeyboardInterrupt))
         self._reporters = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +115,7 @@ class TrackersPlugin(Plugin[TrackersConfig]):
         """Go on with these."""
         self._run_ids = {name.removeprefix("run/"): run_id for name, run_id in state.items()}
 
-    def _tracker(self, run: Run, name: str) -> Reporter:
+    def _tracker(self, run: Run, name: str) -> TrackerReporter:
         from tuner.builtin.trackers import kinds
         from tuner.builtin.trackers.reporters import TrackerReporter
         from tuner.builtin.trackers.services import SERVICES, Opening, Service
@@ -172,13 +145,6 @@ class TrackersPlugin(Plugin[TrackersConfig]):
         for name in kinds.known(self.config.report_to):
             if said := kinds.missing(name):
                 yield ConfigError(said, where="report_to", remedy="install it, or leave it out of report_to")
-        path = self.config.webhook_config
-        if path is not None and not path.exists():
-            yield ConfigError(
-                f"webhook_config: there is no file {path}",
-                where="webhook_config",
-                remedy="write it as config/webhook.json.example is written, or leave the key out",
-            )
 
 
 def _registered() -> list[str]:

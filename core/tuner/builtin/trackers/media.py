@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import io
-import mimetypes
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from tuner.builtin.file_kinds import is_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH, FPS = 320, 8.0
 """Of GIFs at most, in pixels and frames per second: they are an order of magnitude larger than the video."""
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is a picture, by its name."""
-    return content_type(path).startswith("image/")
-
-
-def is_shown(path: Path) -> bool:
-    """Whether a file is a picture or a video, by its name."""
-    return content_type(path).startswith(("image/", "video/"))
-
-
-def content_type(path: Path) -> str:
-    """The MIME type that a file's name says."""
-    return mimetypes.guess_type(path.name)[0] or "application/octet-stream"
 
 
 def first_frames(path: Path, count: int = 1) -> list[Image]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.builtin.trackers.media import first_frames, gif_of, is_picture
+from tuner.builtin.file_kinds import is_picture
+from tuner.builtin.trackers.media import first_frames, gif_of
 
 
 @dataclass(frozen=True)

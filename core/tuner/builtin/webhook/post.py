@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuner.builtin.trackers.media import content_type
+from tuner.builtin.file_kinds import content_type
 
 if TYPE_CHECKING:
-    from tuner.builtin.trackers.webhook_settings import Level, Settings
+    from tuner.builtin.webhook.settings import Level, Settings
 
 TOGETHER, BYTES = 10, 8 * 2**20
 """Files of one message, and what they may hold together: what Discord takes on any server."""

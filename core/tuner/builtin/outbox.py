@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 LIMIT = 1000
 """Messages that wait at most."""
@@ -88,6 +88,15 @@ class Outbox:
         if not self._said:
             self._said = True
             self._log.warning("%s %s; the run goes on, train.jsonl is whole", self.name, why)
+
+
+def finish(outboxes: Sequence[Outbox], *, at_once: bool) -> None:
+    """Wait for all of them together, as long as :data:`PATIENCE`, or not at all."""
+    for outbox in outboxes:
+        outbox.end()
+    until = time.monotonic() + (0.0 if at_once else PATIENCE)
+    for outbox in outboxes:
+        outbox.finish(until)
 
 
 def _said(error: BaseException) -> str:
