@@ -81,7 +81,7 @@ def assemble(
     found = {name: catalog.installed[name] for name in loaded}
     used = {*split.core, *(key for part in split.parts.values() for key in part)}
     configs = {CORE: core, **{name: plugin.config for name, plugin in loaded.items()}}
-    told = [*split.warnings, *warnings.pending(configs, used)]
+    told = [*split.warnings, *warnings.pending(configs, used), *warnings.idle(configs, core, used)]
     told += [warning for plugin in loaded.values() for warning in plugin.warnings(core)]
     notes = (*split.notes, *_ignored(catalog, selection))
     again = partial(assemble, raw, plugins=plugins, without=without, strict=strict, catalog=catalog)

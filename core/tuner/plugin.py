@@ -42,6 +42,7 @@ def key(
     aliases: tuple[str, ...] = (),
     environment: str | None = None,
     pending: str | None = None,
+    needs: Mapping[str, tuple[Any, ...]] | None = None,
     **constraints: Any,
 ) -> Any:
     """Declare one config key. Used for core keys and plugin keys alike; ``docs/config.md`` is made from it.
@@ -54,9 +55,12 @@ def key(
         aliases: other names that users' files have for it.
         environment: an environment variable that becomes this key when the file does not set it.
         pending: set while the key is owned but has no effect yet: the warning's text.
+        needs: core keys and, for each, the values that this key is read beside; with another one it does nothing, and
+            a line says so.
         constraints: passed to ``pydantic.Field`` (``ge``, ``le``, ``min_length`` …).
     """
     extra: dict[str, Any] = {"effect": effect, "aliases": list(aliases), "environment": environment, "pending": pending}
+    extra["needs"] = needs or {}
     return Field(default, description=description, json_schema_extra={"tuner": extra}, **constraints)
 
 

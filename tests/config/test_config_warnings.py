@@ -60,6 +60,16 @@ def test_nothing_is_said_where_nothing_is_asked() -> None:
             {"scheduled_sampling_strategy": "biased_late"},
             "scheduled_sampling_strategy does nothing: scheduled_sampling_max_step_offset is 0",
         ),
+        ({"lr_end": 1e-6}, "lr_end does nothing: lr_scheduler is constant_with_warmup"),
+        ({"huber_c": 0.2}, 'huber_c does nothing: loss_type is "l2"'),
+        (
+            {"flow_beta_schedule_alpha": 3, "flow_beta_schedule_beta": 4},
+            "flow_beta_schedule_alpha, flow_beta_schedule_beta do nothing: flow_use_beta_schedule is false",
+        ),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
+            "gradient_checkpointing_interval does nothing: gradient_checkpointing is false",
+        ),
         ({"lr_power": 2}, "lr_power does nothing: lr_scheduler is constant_with_warmup"),
         ({"model_type": "full", "lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout, lora_rank do nothing: "),
     ],
@@ -72,7 +82,13 @@ def test_settings_of_what_is_off_are_told(keys: dict[str, Any], line: str, caplo
 
 def test_settings_that_ask_for_nothing_or_are_used_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
     idle = {"group_offload_blocks_per_group": 1, "fsdp_enable": False, "fsdp_version": 2}
-    used = {"lr_scheduler": "polynomial", "lr_power": 2, "enable_chunked_feed_forward": False}
+    used = {
+        "lr_scheduler": "polynomial",
+        "lr_power": 2,
+        "loss_type": "huber",
+        "huber_c": 0.2,
+        "enable_chunked_feed_forward": False,
+    }
     with caplog.at_level(logging.WARNING, logger="tuner"):
         told = assemble({"model_family": "wan", **idle, **used}).warnings
     assert not [each for each in [*told, *caplog.messages] if "do nothing:" in each or "does nothing:" in each]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import types
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -38,15 +39,17 @@ class KeyFacts:
     aliases: tuple[str, ...] = ()
     environment: str | None = None
     pending: str | None = None
+    needs: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def facts(field: FieldInfo) -> KeyFacts:
+def facts(described: FieldInfo) -> KeyFacts:
     """The facts of a field made with ``key``; empty ones for any other field."""
-    extra = field.json_schema_extra
+    extra = described.json_schema_extra
     recorded: Any = extra.get("tuner") if isinstance(extra, dict) else None
     if not isinstance(recorded, dict):
         return KeyFacts()
-    return KeyFacts(recorded["effect"], tuple(recorded["aliases"]), recorded["environment"], recorded["pending"])
+    names = ("environment", "pending", "needs")
+    return KeyFacts(recorded["effect"], tuple(recorded["aliases"]), *(recorded[name] for name in names))
 
 
 def members(annotation: Any) -> tuple[Any, ...]:

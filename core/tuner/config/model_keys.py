@@ -44,7 +44,8 @@ class ModelKeys(PluginConfig):
         "no_change", "The same for the text encoder, which is only there while captions are encoded.", effect="memory"
     )
     quantize_via: Literal["cpu", "accelerator"] = key(
-        "accelerator", "Where weights are quantised: on the device, one by one as they are read, or on the CPU."
+        "accelerator",
+        "Where weights are quantised: on the device, one by one as they are read, or on the CPU.",
     )
     base_model_default_dtype: Literal["bf16", "fp32"] | None = key(
         None, "Dtype of the base's unquantised matrices; follows `mixed_precision` when absent."
@@ -62,7 +63,10 @@ class ModelKeys(PluginConfig):
         "output of self-attention, so that it is computed once; `offload`: its input, in host memory; `false`: all.",
     )
     gradient_checkpointing_interval: int = key(
-        1, "Checkpoint every so many-th block, and keep all of the others.", ge=1
+        1,
+        "Checkpoint every so many-th block, and keep all of the others.",
+        ge=1,
+        needs={"gradient_checkpointing": (True, "selective", "offload")},
     )
 
     @property

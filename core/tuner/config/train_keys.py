@@ -39,9 +39,14 @@ class TrainKeys(PluginConfig):
     )
     checkpoints_total_limit: int = key(0, "Keep this many newest checkpoints; 0 keeps all.", ge=0)
     resume_from_checkpoint: str | None = key(
-        None, "`latest`: the newest whole checkpoint in `output_dir`; or the path of one; or `hub:owner/name`, on the hub."
+        None,
+        "`latest`: the newest whole checkpoint in `output_dir`; or the path of one; or `hub:owner/name`, on the hub.",
     )
     logging_steps: int = key(1, "Steps between lines of the local log.", ge=1)
+
+
+BETA = {"flow_use_beta_schedule": (True,)}
+"""Keys of the beta distribution are read beside this."""
 
 
 class FlowKeys(PluginConfig):
@@ -54,8 +59,8 @@ class FlowKeys(PluginConfig):
     flow_sigmoid_scale: float = key(1.0, "Width of the logit-normal distribution of noise levels.", gt=0)
     flow_use_uniform_schedule: bool = key(False, "Draw noise levels uniformly.")
     flow_use_beta_schedule: bool = key(False, "Draw noise levels from a beta distribution.")
-    flow_beta_schedule_alpha: float = key(2.0, "Alpha of that beta distribution.", gt=0)
-    flow_beta_schedule_beta: float = key(2.0, "Beta of that beta distribution.", gt=0)
+    flow_beta_schedule_alpha: float = key(2.0, "Alpha of that beta distribution.", gt=0, needs=BETA)
+    flow_beta_schedule_beta: float = key(2.0, "Beta of that beta distribution.", gt=0, needs=BETA)
     flow_custom_timesteps: list[float] | None = key(
         None, "Train on these timesteps (0 to 1000) only, drawn uniformly.", aliases=("flux_custom_timesteps",)
     )
@@ -68,4 +73,6 @@ class FlowKeys(PluginConfig):
         "`cosmap` 2 / (pi (1 - 2s + 2s^2)).",
     )
     loss_type: Literal["l2", "huber", "smooth_l1"] = key("l2", "Distance between prediction and target.")
-    huber_c: float = key(0.1, "Constant c of `huber` and `smooth_l1`.", gt=0)
+    huber_c: float = key(
+        0.1, "Constant c of `huber` and `smooth_l1`.", gt=0, needs={"loss_type": ("huber", "smooth_l1")}
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 
 from tuner.config.describe import facts
@@ -19,6 +20,19 @@ def pending(configs: Mapping[str, PluginConfig], explicit: Collection[str]) -> I
                 reasons.setdefault(reason, []).append(key)
     for reason, keys in reasons.items():
         yield f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect yet: {reason}"
+
+
+def idle(configs: Mapping[str, PluginConfig], core: PluginConfig, explicit: Collection[str]) -> Iterator[str]:
+    """A warning for keys that were set and are read only beside another value of a core key, one for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for config in configs.values():
+        for key, field in type(config).model_fields.items():
+            changed = getattr(config, key) != field.get_default(call_default_factory=True)
+            for name, values in facts(field).needs.items() if key in explicit and changed else ():
+                if getattr(core, name) not in values:
+                    reasons.setdefault(f"{name} is {json.dumps(getattr(core, name))}", []).append(key)
+    for reason, keys in reasons.items():
+        yield f"{', '.join(keys)} {'does' if len(keys) == 1 else 'do'} nothing: {reason}"
 
 
 def unused(config: PluginConfig, why: str, prefix: str = "") -> Iterator[str]:

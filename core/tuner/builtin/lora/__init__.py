@@ -153,6 +153,17 @@ class LoraPlugin(Plugin[LoraConfig]):
                 raise ConfigError(f"lora_alpha_pattern gives {pattern!r} alpha {alpha}", allowed="more than 0")
 
     @hookimpl
+    def check_model(self, run: Run, spec: ModelSpec) -> None:
+        """Hold targets against the names of the model's matrices, where its family knows them. Raises ConfigError."""
+        from tuner.builtin.lora.names import check_used
+
+        for network in spec.networks if self.is_active(run.config) else ():
+            matrices = [name for name, shape in network.weights.items() if len(shape) > 1]
+            if matrices:
+                check_used("lora_target_modules", self._targets(spec).names, matrices, network.name, "matrix")
+                check_used("lora_exclude_modules", self.config.lora_exclude_modules, matrices, network.name, "matrix")
+
+    @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
         """Parameters of the LoRA matrices, those that are applied to the text apart."""
         if not self.is_active(run.config):

@@ -63,6 +63,8 @@ EIGHT_BITS = 1.02
 """Bytes of a moment in 8 bits, its scales included."""
 RESTARTED = ("cosine_with_restarts", "sine")
 """Curves that read ``lr_num_cycles``."""
+LEVEL = ("constant", "constant_with_warmup")
+"""Curves that never fall, and so do not read ``lr_end``."""
 LEARNS_ITS_RATE = frozenset({"prodigy"})
 BETAS = (0.9, 0.999)
 FLOAT32_STATE = frozenset({"bitsandbytes", "torchao"})
@@ -113,6 +115,8 @@ class OptimizersPlugin(Plugin[OptimizersConfig]):
             for line in unused(self.config, f"lr_scheduler is {core.lr_scheduler}", name):
                 if core.lr_scheduler not in curves:
                     run.log.warning("%s", line)
+        if core.lr_end and core.lr_scheduler in LEVEL:
+            run.log.warning("lr_end does nothing: lr_scheduler is %s", core.lr_scheduler)
         if core.optimizer in LEARNS_ITS_RATE and core.learning_rate < 0.1:
             run.log.warning(
                 "optimizer %r finds its own learning rate and multiplies it by learning_rate, which is %g: 1 is usual",
