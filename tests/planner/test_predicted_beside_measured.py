@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ def test_a_run_says_it_once_after_its_first_step(
     said = [each.getMessage() for each in caplog.records if "device memory of the first step" in each.getMessage()]
     assert len(said) == len(asked) == 1
     assert said[0].endswith("measured (+2.0%)")
+
+
+def test_it_is_kept_for_the_report(tmp_path: Path) -> None:
+    pipeline.run(assemble(settings(tmp_path) | {"max_train_steps": 1}))
+    kept = json.loads((tmp_path / "output" / "memory.json").read_text(encoding="utf-8"))
+    assert kept["measured"] is None  # a CPU does not count
+    assert kept["predicted"]["base weights"] > 0
+    assert "CUDA context" not in kept["predicted"]
 
 
 @pytest.mark.gpu

@@ -156,6 +156,8 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
             line |= {"evaluation/loss": 1.0, "evaluation/loss@ema": 0.9, "evaluation/loss/t500": 1.1}
         lines.append(line)
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    memory = {"predicted": {"block at work": 6 * 2**30, "base weights": 2 * 2**30}, "measured": 4 * 2**30}
+    (folder / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
     (folder / "data_report.html").write_text("<!doctype html><title>data</title>", encoding="utf-8")
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
     for step in (1000, 2000, 3000):

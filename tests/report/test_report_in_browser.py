@@ -47,6 +47,21 @@ def test_charts_are_drawn_from_the_disk_without_a_request_elsewhere_or_a_word_in
     assert not browser.complaints()
 
 
+def test_memory_is_drawn_part_by_part_with_the_measured_peak(browser: Browser, written: str) -> None:
+    browser.open(written)
+    widths = "[...document.querySelectorAll('#parts span')].map((each) => each.getBoundingClientRect().width)"
+    first, second = browser.do(widths)
+    assert first == pytest.approx(3 * second, rel=0.02)
+    box = "document.getElementById('parts').getBoundingClientRect()"
+    mark = "document.querySelector('#parts i').getBoundingClientRect()"
+    share = browser.do(f"({mark}.left - {box}.left) / {box}.width")
+    assert share == pytest.approx(0.5, abs=0.02)
+    told = browser.do("document.getElementById('parts-named').textContent")
+    assert "8.00 GiB predicted; measured 4.00 GiB" in told
+    assert "block at work 6.00 GiB" in told
+    assert not browser.complaints()
+
+
 def test_clips_follow_the_slider_and_play(browser: Browser, written: str) -> None:
     browser.open(written)
     names = browser.do("[...document.querySelectorAll('#clips figcaption')].map((each) => each.textContent)")

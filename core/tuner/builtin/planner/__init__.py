@@ -26,6 +26,10 @@ DROPPED = "tread/dropped"
 """Where a step's numbers say which share of the tokens' passes through blocks it left out."""
 
 
+MEMORY = "memory.json"
+"""In the output folder: device memory of the first step by component, predicted, and its peak measured."""
+
+
 class PlannerConfig(PluginConfig):
     """Keys of the planner."""
 
@@ -130,8 +134,8 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         """Once, when enough steps are done, say what they took."""
         self._network = None if self._card is None else model.network.spec
         if self._beside is not None:
-            for line in self._beside.lines() if run.is_main else ():
-                run.log.info("%s", line)
+            if run.is_main:
+                self._tell(run, self._beside)
             self._beside = None
         if self._window is None:
             return
@@ -155,6 +159,17 @@ class PlannerPlugin(Plugin[PlannerConfig]):
                 self._workloads(run, self._network, line.get(DROPPED)), line["seconds"], self._card
             )
         }
+
+    def _tell(self, run: Run, beside: Beside) -> None:
+        """Both peaks, in the run's log and, for whoever draws them, in a file."""
+        import json
+
+        from tuner.files import atomic_write_text
+
+        measured = beside.measured()
+        for line in beside.lines(measured):
+            run.log.info("%s", line)
+        atomic_write_text(run.output_dir / MEMORY, json.dumps(beside.record(measured), indent=2) + "\n")
 
     def _predicted(self, run: Run, plan: Order, network: NetworkSpec) -> Beside:
         """The memory of the step to come, of this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuner.builtin.planner.memory import CONTEXT, Memory, predict
 from tuner.workload import Workload
@@ -39,9 +39,14 @@ class Beside:
 
         return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
-    def lines(self) -> Iterator[str]:
+    def record(self, measured: int | None) -> dict[str, Any]:
+        """What is kept of it: bytes by component as predicted, without CUDA's context, and the peak ``measured``."""
+        parts = {name: round(size) for name, size in self.predicted.device.items() if name != "CUDA context" and size}
+        return {"predicted": parts, "measured": measured, "device": self.device.type}
+
+    def lines(self, measured: int | None) -> Iterator[str]:
         """What to say after the step."""
-        return compared(self.predicted, self.measured(), self.device.type)
+        return compared(self.predicted, measured, self.device.type)
 
 
 def compared(predicted: Memory, measured: int | None, device: str) -> Iterator[str]:

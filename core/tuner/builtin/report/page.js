@@ -230,7 +230,24 @@ function drawFacts() {
     node("td", {}, typeof value === "string" ? value : JSON.stringify(value)))));
 }
 
+// Device memory of the first step: what was predicted, part by part, and a line where the measured peak is.
+function drawMemory() {
+  const { memory } = data, section = $("memory");
+  section.hidden = !memory;
+  if (!memory) return;
+  const parts = Object.entries(memory.predicted).sort(([, a], [, b]) => b - a);
+  const total = parts.reduce((sum, [, size]) => sum + size, 0), widest = Math.max(total, memory.measured || 0) || 1;
+  const bar = parts.map(([name, size], at) => node("span", { title: `${name}: ${number(size, "bytes")}`,
+    style: `width:${100 * size / widest}%;background:hsl(${(at * 137) % 360} 55% var(--l))` }));
+  if (memory.measured) bar.push(node("i", { style: `left:${100 * memory.measured / widest}%`, title: `measured: ${number(memory.measured, "bytes")}` }));
+  $("parts").replaceChildren(...bar);
+  const named = parts.map(([name, size], at) => node("span", { class: "part" }, node("i", { style: `background:hsl(${(at * 137) % 360} 55% var(--l))` }), `${name} ${number(size, "bytes")}`));
+  const measured = memory.measured ? `; measured ${number(memory.measured, "bytes")}` : "; this device does not count it";
+  $("parts-named").replaceChildren(`First step: ${number(total, "bytes")} predicted${measured}. `, ...named);
+}
+
 function draw() {
+  drawMemory();
   drawFacts();
   drawCharts();
   drawMedia();
@@ -251,6 +268,7 @@ async function follow() {
     if (!answer.ok) return;
     const media = JSON.stringify(data.media);
     data = await answer.json();
+    drawMemory();
     drawFacts();
     drawCharts();
     if (JSON.stringify(data.media) !== media) drawMedia();

@@ -45,6 +45,7 @@ PAGE = """<!doctype html>
 <details><summary>All steps</summary><div class="wide"><table id="grid"></table></div></details>
 <p id="sheets" class="small"></p></section>
 <details id="others" hidden><summary>More numbers</summary><div id="more" class="charts"></div></details>
+<section id="memory" hidden><h2>Device memory</h2><div id="parts"></div><p id="parts-named" class="small"></p></section>
 <section><h2>Events</h2><ol id="events"></ol></section>
 <section><h2>Data and settings</h2><p id="data-report"></p>
 <details><summary>Settings</summary><div class="wide"><table id="settings"></table></div></details></section>

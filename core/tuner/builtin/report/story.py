@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from tuner.train.log import NAME as LOG
 MOST_EVENTS = 400
 """Newest events that the page lists."""
 DATA_REPORT = "data_report.html"
+MEMORY = "memory.json"
 ENDS = {"start": "running", "resume": "running", "end": "finished", "stop": "stopped", "error": "failed"}
 """What an event makes of the run's state."""
 
@@ -75,8 +77,20 @@ class Story:
             "not_drawn": len(self.curves.unread),
             "media": self.media.as_json(),
             "events": self.events,
+            "memory": _memory(self.output_dir / MEMORY),
             "data_report": f"../{DATA_REPORT}" if (self.output_dir / DATA_REPORT).is_file() else None,
         }
+
+
+def _memory(path: Path) -> dict[str, Any] | None:
+    """Device memory by component, as the planner left it; None where it left nothing that can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts = {str(name): float(size) for name, size in found["predicted"].items()}
+        measured = found["measured"]
+        return {"predicted": parts, "measured": None if measured is None else float(measured)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _changed(path: Path) -> float | None:
