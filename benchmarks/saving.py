@@ -108,7 +108,10 @@ def config(folder: Path) -> dict[str, Any]:
 
 def written(figures: dict[str, Any]) -> str:
     """The page."""
-    middle: Callable[[str], float] = lambda name: statistics.median(figures[name])  # noqa: E731
+
+    def middle(name: str) -> float:
+        return statistics.median(figures[name])
+
     slower = max(0.0, middle("busy") - middle("calm"))
     lost = (middle("waits") + slower) / (INTERVAL * STEP_SECONDS)
     rows = [

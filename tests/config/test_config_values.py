@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tuner.config.faults import build
 from tuner.config.keys import CoreConfig
-from tuner.errors import TunerError
+from tuner.errors import ConfigError, TunerError
 from tuner.plugin import PluginConfig, key
 
 
@@ -121,3 +121,10 @@ def test_config_models_are_frozen_and_take_no_unknown_key() -> None:
     with pytest.raises(TunerError, match="there is no key 'sead'") as caught:
         build(CoreConfig, {"sead": 1})
     assert "did you mean 'seed'?" in str(caught.value)
+
+
+def test_a_word_beside_true_and_false_has_a_nearest_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(CoreConfig, {"gradient_checkpointing": "selectiv"})
+    assert caught.value.nearest == "selective"
+    assert caught.value.allowed == "true, false, selective, offload"

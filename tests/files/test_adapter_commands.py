@@ -278,3 +278,9 @@ class TestInspect:
     def test_what_is_no_adapter(self, t2v, run):
         with pytest.raises(TunerError, match="no known format of adapters"):
             run("inspect", t2v / WEIGHTS)
+
+
+def test_a_folder_in_place_of_a_file_is_said_with_the_files_in_it(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
+    with pytest.raises(CheckpointError, match=r"this is a folder(.|\n)*one\.safetensors"):
+        inspection.inspect(tmp_path)

@@ -156,6 +156,13 @@ class AdapterFormat(Protocol):
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU and metadata of a safetensors file. Raises CheckpointError when it is none."""
+    if path.is_dir():
+        there = sorted(each.relative_to(path).as_posix() for each in path.rglob("*.safetensors"))
+        raise CheckpointError(
+            "this is a folder, and a file is wanted",
+            where=path,
+            allowed=", ".join(there[:SHOWN]) or "a .safetensors file; there is none in it",
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -20,6 +20,8 @@ class ConsoleLines(logging.Handler):
 def show_log() -> None:
     """Show what tuner logs from INFO up, in the first of several processes; other libraries keep Python's own rule."""
     log = logging.getLogger("tuner")
+    # It looks for a class that torchao has moved; weights of that kind are not what we read by it.
+    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
     if not any(isinstance(handler, ConsoleLines) for handler in log.handlers):
         log.addHandler(ConsoleLines())
         log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

@@ -149,6 +149,6 @@ def _choices(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     """The values of a field that only takes certain words."""
     inner = _step(_parent(model, path), path[-1]) if path else None
     kinds = members(inner) if inner is not None else ()
-    if kinds and all(get_origin(kind) is Literal for kind in kinds):
-        return [str(value) for kind in kinds for value in get_args(kind)]
-    return []
+    words = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    flags = ["true", "false"] if bool in kinds else []
+    return [*flags, *words] if all(kind is bool or get_origin(kind) is Literal for kind in kinds) and words else []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tuner.builtin.hub.upload import reason
 from tuner.errors import CheckpointError, ConfigError
+from tuner.files import sync_file, sync_folder
 from tuner.train import checkpoint as checkpoints
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def _take(run: Run, reference: Reference, folder: str) -> None:
             where=f"{reference.repository}/{folder}",
             remedy="start again, or name another checkpoint",
         ) from None
+    for path in sorted((away / folder).rglob("*")):
+        sync_file(path) if path.is_file() else sync_folder(path)
     (away / folder).rename(target)
+    sync_folder(run.output_dir)
     shutil.rmtree(away, ignore_errors=True)
 
 
