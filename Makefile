@@ -15,7 +15,7 @@ GPU_PAGES ?= docs/benchmarks
 GPU_PAGE := $(GPU_PYTHON) benchmarks/gpu_page.py
 GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 14b-small-card image-small-card)
 
-.PHONY: test triton-tests lint quickstart help gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
+.PHONY: test triton-tests lint quickstart help bench gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -23,6 +23,7 @@ help:
 	@echo "make test        lint, types and tests"
 	@echo "make triton-tests  the Triton kernels, in Triton's interpreter"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
+	@echo "make bench       counts and ratios on the CPU beside their goals; figures in docs/benchmarks/cpu.md"
 	@echo "make gpu         tests and benchmarks that need a GPU; figures in docs/benchmarks (see its README)"
 
 test: lint
@@ -47,6 +48,10 @@ quickstart: $(RUNTIME)
 	    'datasets/my-videos, then:' \
 	    '  for each in config multidatabackend user_prompt_library; do cp -n config/$$each.json.example config/$$each.json; done' \
 	    '  $(BIN)/tuner run'
+
+# Under ten minutes on two cores.
+bench: $(DEV)
+	$(BIN)/python benchmarks/bench.py
 
 gpu: gpu-tests gpu-tread gpu-memory
 

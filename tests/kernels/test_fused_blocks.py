@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from tuner.testing.traffic import Traffic
 from tuner_kernels import block, functions, linears
 
 DIM, HEADS, WIDE, TEXT = 48, 4, 96, 512
@@ -140,36 +138,6 @@ def test_a_block_with_trained_norms_is_diffusers_own(part: str) -> None:
     one, other = outcome(made, inputs), outcome(fused(made), inputs)
     assert part in other
     assert all(torch.equal(each, other[name]) for name, each in one.items())
-
-
-class Traffic(TorchDispatchMode):
-    """Operations that compute, and bytes read and written by those that are no products of matrices or attention."""
-
-    products = frozenset({"mm", "addmm", "addmm_", "bmm"})
-    views = frozenset(
-        {
-            *("view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select"),
-            *("split", "split_with_sizes", "detach", "alias", "as_strided", "unbind", "_reshape_alias", "device"),
-            *("view_as_complex", "view_as_real", "empty_like", "empty", "new_empty", "empty_strided"),
-            "new_empty_strided",
-        }
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        if name in self.views:
-            return result
-        self.operations[name] += 1
-        if name not in self.products and "attention" not in name:
-            seen = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
-            self.bytes += sum(each.untyped_storage().nbytes() if 0 in each.stride() else each.nbytes for each in seen)
-        return result
 
 
 def traffic(made: WanTransformerBlock, tokens: int, dim: int) -> Traffic:

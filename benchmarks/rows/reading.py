@@ -1,0 +1,73 @@
+"""Many files and the cache, beside the least that the system can do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from data_probe import FACTS, touch
+
+from rows.row import Row, paired
+from tuner.builtin.datasets.probe import VIDEO_SUFFIXES, local_listing, probe
+from tuner.builtin.datasets.probe_index import open_index
+from tuner.builtin.encoding.store import Store, make_key
+
+
+def measure(folder: Path, *, tiny: bool) -> list[Row]:
+    """Rows of scanning and of cache reads."""
+    files, entries, pairs = (100, 4, 1) if tiny else (100_000, 200, 5)
+    return [*scanning(folder, files, pairs), *cache(folder, entries, pairs)]
+
+
+def stat_all(folder: str) -> int:
+    """A bare loop of scandir and stat: bytes of all files."""
+    total = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            total += stat_all(entry.path) if entry.is_dir() else entry.stat().st_size
+    return total
+
+
+def scanning(folder: Path, count: int, pairs: int) -> list[Row]:
+    """A first scan, and one when everything is known."""
+    where = folder / "many"
+    touch(where, count)
+    with open_index(folder / "index") as index:
+        index.record((found, FACTS) for found in local_listing(where, VIDEO_SUFFIXES).files)
+    first = paired(lambda: local_listing(where, VIDEO_SUFFIXES), lambda: stat_all(str(where)), pairs)
+    again = paired(
+        lambda: probe(local_listing(where, VIDEO_SUFFIXES), folder / "index"), lambda: stat_all(str(where)), pairs
+    )
+    return [
+        Row(
+            f"{count} files, {name} / scandir + stat, CPU time",
+            round(found.cpu, 2),
+            1.5,
+            note=f"{found.one.wall:.2f} and {found.other.wall:.2f} s; on the clock {found.wall:.2f}",
+        )
+        for name, found in (("first scan", first), ("rescan", again))
+    ]
+
+
+def cache(folder: Path, entries: int, pairs: int) -> list[Row]:
+    """Reading entries of a clip and its text, checksums verified, beside reading the files' bytes."""
+    store = Store(folder / "store")
+    keys = [make_key(number) for number in range(entries)]
+    for key in keys:
+        tensors = {"latents": torch.randn(16, 21, 54, 60), "states": torch.randn(512, 4096).bfloat16()}
+        store.write(key, tensors, {})
+    paths = [store.path(key) for key in keys]
+    size = sum(path.stat().st_size for path in paths)
+
+    def raw() -> None:
+        for path in paths:
+            path.read_bytes()
+
+    def read() -> None:
+        for key in keys:
+            store.read(key)
+
+    found = paired(raw, read, pairs)
+    note = f"{size / found.one.wall / 1e9:.1f} and {size / found.other.wall / 1e9:.1f} GB/s, both from the page cache"
+    return [Row("cache reads / raw reads", round(found.wall, 3), 0.9, "least", note=note)]
