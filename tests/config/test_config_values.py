@@ -89,7 +89,7 @@ def test_plugin_keys_take_them_too(name: str, written: Any, held: Any) -> None:
         ("learning_rate", 0, "number, > 0"),
         ("learning_rate", "nan", "number, > 0"),
         ("learning_rate", "inf", "number, > 0"),
-        ("gradient_checkpointing", "perhaps", "true or false"),
+        ("gradient_checkpointing", "perhaps", "true, false"),
         ("validation_prompt", True, "text"),
         ("flow_custom_timesteps", "nine", "number"),
         ("optimizer_config", "{broken", "object"),
@@ -124,7 +124,5 @@ def test_config_models_are_frozen_and_take_no_unknown_key() -> None:
 
 
 def test_a_word_beside_true_and_false_has_a_nearest_one() -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"allowed: true, false, selective, offload\n.*did you mean 'selective'"):
         build(CoreConfig, {"gradient_checkpointing": "selectiv"})
-    assert caught.value.nearest == "selective"
-    assert caught.value.allowed == "true, false, selective, offload"
