@@ -68,6 +68,13 @@ def test_other_data_are_planned_anew_and_said(job, begun, steps_of, caplog):
     assert [line["step"] for line in steps_of(output)] == [1, 2, 3, 4]
 
 
+def test_another_number_of_threads_is_said(job, begun, caplog, monkeypatch):
+    name = begun("threads")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    job.run(name, max_train_steps=3, resume_from_checkpoint="latest")
+    assert "was made with 1 threads and this run has 3" in caplog.text
+
+
 def test_a_plugin_that_is_gone_is_named(job, begun, caplog):
     name = begun("gone", use_ema=True)
     job.run(name, max_train_steps=4, resume_from_checkpoint="latest")

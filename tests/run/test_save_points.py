@@ -61,3 +61,11 @@ def test_a_file_ends_the_run_with_everything_saved(job, state_of, steps_of):
 def test_plugins_ask_for_nothing_unless_they_say_so():
     assert not Plugin("any", None).saves_at(1, 1)
     assert not Plugin("any", None).stops_at(1, 1)
+
+
+def test_a_clock_that_jumps_asks_for_no_checkpoint(tmp_path, monkeypatch):
+    """The machine's clock, not the one that only runs forward."""
+    made = plugin(tmp_path, monkeypatch, checkpoint_minutes_interval=60)
+    for hours in (-24, 24, 24 * 365):
+        monkeypatch.setattr(time, "time", lambda hours=hours: 1.7e9 + 3600 * hours)
+        assert not made.saves_at(1, 0)
