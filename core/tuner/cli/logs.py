@@ -6,6 +6,10 @@ import logging
 import os
 
 
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Libraries that warn, when they are imported, of what no run here uses."""
+
+
 class ConsoleLines(logging.Handler):
     """One plain line per record; warnings and errors say what they are."""
 
@@ -20,8 +24,8 @@ class ConsoleLines(logging.Handler):
 def show_log() -> None:
     """Show what tuner logs from INFO up, in the first of several processes; other libraries keep Python's own rule."""
     log = logging.getLogger("tuner")
-    # It looks for a class that torchao has moved; weights of that kind are not what we read by it.
-    logging.getLogger("diffusers.quantizers.torchao.torchao_quantizer").setLevel(logging.ERROR)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not any(isinstance(handler, ConsoleLines) for handler in log.handlers):
         log.addHandler(ConsoleLines())
         log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
