@@ -15,6 +15,7 @@ from tuner.cli import (
     configure,
     convert,
     extract,
+    import_command,
     inspect,
     launch,
     merge,
@@ -43,6 +44,7 @@ app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
 app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
 app.command("plan", context_settings=_KEYS_AS_FLAGS)(plan.plan)
 app.command("sample", context_settings=_KEYS_AS_FLAGS)(sample.sample)
+app.command("import")(import_command.import_)
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)
 app.command("extract")(extract.extract)
