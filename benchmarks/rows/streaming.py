@@ -65,7 +65,7 @@ def measure(folder: Path, *, tiny: bool) -> list[Row]:
 def of_one(copier: Counting, resident: int) -> list[Row]:
     """The rows of one placement."""
     share = copier.loaded / STEPS / sum(copier.streamed.values()) / 2
-    note = f"toy network, LoRA, {STEPS} steps; a block that backward begins with is there already"
+    note = f"toy network, LoRA, {STEPS} steps; blocks that are there when the direction turns are not copied again"
     case = f"{len(copier.streamed)} of {BLOCKS} blocks streamed"
     return [
         Row(f"bytes host to device / streamed bytes x 2, {case}", round(share, 3), 1.0, note=note),
