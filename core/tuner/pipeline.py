@@ -96,9 +96,10 @@ def most_frequent_shape(prepared: Prepared) -> tuple[int, int, int] | None:
     return bucket.frames, bucket.height, bucket.width
 
 
-def check(assembly: Assembly) -> None:
+def check(assembly: Assembly) -> tuple[Assembly, Survey]:
     """Everything ``run`` does before it reads weights; the plugins say what would happen."""
-    survey(settle(assembly))
+    settled = settle(assembly)
+    return settled, survey(settled)
 
 
 def cache(assembly: Assembly, *, verify: bool = False) -> None:

@@ -22,4 +22,7 @@ def check(
     print_assembly(assembly)
     from tuner import pipeline
 
-    pipeline.check(assembly)
+    settled, found = pipeline.check(assembly)
+    from tuner.cli import outlook
+
+    outlook.show(settled, found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 
-
 NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """Libraries that warn, when they are imported, of what no run here uses."""
 
