@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_one_error(call: Call, capsy
     assert call("import", "train.sh", "--force") == 0
     assert next(Path("config").glob("config.json.*.bak")).read_text() == before
     Path("notes.sh").write_text("ls\n")
-    Path("strange.toml").write_text("colour = 'red'\n")
+    Path("strange.toml").write_text("colour = 3\n")
     for words, message in (
         (("notes.sh",), "no training command is in this script"),
         (("strange.toml",), "this is a config of no known tool"),

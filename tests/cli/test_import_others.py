@@ -337,3 +337,24 @@ def test_files_of_two_tools_are_one_error(call: Call, capsys: pytest.CaptureFixt
     assert (
         "the files are of several tools: job.yaml (ai-toolkit), main.toml (diffusion-pipe)" in capsys.readouterr().err
     )
+
+
+def test_a_file_that_is_said_to_be_of_a_tool_and_is_not_is_one_error(
+    call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("strange.toml").write_text("colour = 3\n")
+    for tool in ("ai-toolkit", "diffusion-pipe"):
+        assert call("import", "strange.toml", "--from", tool) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    Path("job.yaml").write_text(JOB.replace("linear: 32", "linear: many"))
+    assert call("import", "job.yaml") == 2
+    assert "this cannot be understood as a config of ai-toolkit" in capsys.readouterr().err
+
+
+def test_files_of_simpletuner_that_are_named_one_by_one(call: Call) -> None:
+    Path("simple.json").write_text(json.dumps({"model_family": "wan", "lora_type": "lycoris"}))
+    Path("lycoris_config.json").write_text('{"algo": "lokr", "factor": 8}')
+    Path("prompts.json").write_text('{"fox": "a fox"}')
+    assert call("import", "simple.json", "lycoris_config.json", "prompts.json") == 0
+    assert picked({"lycoris_config": ""}) == {"lycoris_config": "lycoris_config.json"}
+    assert plain_data(LIBRARY) == {"fox": "a fox"}

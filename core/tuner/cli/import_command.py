@@ -35,14 +35,14 @@ def import_(
 ) -> None:
     """Turn the config of another tool into ours, and list what has no counterpart."""
     from tuner.cli.importing.read import read
-    from tuner.cli.importing.recognise import tool_of, translator
+    from tuner.cli.importing.recognise import tool_of, translated
     from tuner.cli.importing.write import CONFIG, write
     from tuner.config.load import DEFAULT_PATH
 
     found = [read(path) for path in files]
     name = tool_of(found, tool)
     print(f"{name}: {', '.join(str(file.path) for file in found)}")
-    draft = translator(name)(found)
+    draft = translated(name, found)
     written = write(draft, output, force=force)
     _print_rows(draft)
     print("\n".join(written))

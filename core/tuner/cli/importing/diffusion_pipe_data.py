@@ -12,8 +12,6 @@ from tuner.cli.importing.read import Read
 from tuner.errors import ConfigError
 
 CUTS = {"single_beginning": "beginning", "single_middle": "middle", "multiple_overlapping": "uniform"}
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-CLIPS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
 ASPECTS = "every source keeps its own aspect, in steps that the model needs, and is cut less"
 
 TABLE: dict[str, Rule] = {
@@ -103,8 +101,10 @@ def _present(folder: Path, kinds: list[tuple[str, dict[str, Any]]]) -> list[tupl
     """Those kinds that the folder has files of; all where it is not on this machine."""
     if not folder.is_dir():
         return kinds
+    from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES
+
     suffixes = {path.suffix.lower() for path in folder.rglob("*") if path.is_file()}
-    there = {"image": bool(suffixes & PICTURES), "video": bool(suffixes & CLIPS)}
+    there = {"image": bool(suffixes & PICTURE_SUFFIXES), "video": bool(suffixes & VIDEO_SUFFIXES)}
     return [kind for kind in kinds if there[kind[0]]] or kinds
 
 

@@ -43,10 +43,17 @@ def tool_of(files: list[Read], told: str | None) -> str:
     return str(tools.pop())
 
 
-def translator(tool: str) -> Callable[[list[Read]], Draft]:
-    """The function that translates a tool's files."""
-    found: Callable[[list[Read]], Draft] = import_module(f"tuner.cli.importing.{TOOLS[tool]}").translate
-    return found
+def translated(tool: str, files: list[Read]) -> Draft:
+    """What a tool's files become. Raises ConfigError, also for values that no config of the tool has."""
+    translate: Callable[[list[Read]], Draft] = import_module(f"tuner.cli.importing.{TOOLS[tool]}").translate
+    try:
+        return translate(files)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"this cannot be understood as a config of {tool}: {type(error).__name__}: {error}",
+            where=", ".join(str(file.path) for file in files),
+            remedy="look whether a key has a value of another kind than there; --debug shows where",
+        ) from error
 
 
 def _tool(file: Read) -> str | None:
@@ -72,4 +79,5 @@ def _by_keys(data: Mapping[str, Any]) -> str | None:
         return "musubi-tuner"
     if {"model_family", "data_backend_config", "model_flavour", "lora_type", "tracker_project_name"} & data.keys():
         return "simpletuner"
-    return None
+    library = bool(data) and all(isinstance(value, str) for value in data.values())
+    return "simpletuner" if library or "algo" in data else None

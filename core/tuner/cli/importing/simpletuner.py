@@ -107,7 +107,9 @@ def translate(files: list[Read]) -> Draft:
     data = next((file for file in files if isinstance(file.data, list)), None)
     library = next((file for file in files if _prompts(file)), None)
     for file in files:
-        if isinstance(file.data, Mapping) and file is not library:
+        if isinstance(file.data, Mapping) and "algo" in file.data:
+            given["lycoris_config"] = str(file.path)
+        elif isinstance(file.data, Mapping) and file is not library:
             for key, value in file.data.items():
                 name = bare_name(str(key))
                 given[name.lower() if file.kind == "environment" else name] = value
@@ -129,7 +131,7 @@ def translate(files: list[Read]) -> Draft:
 def _prompts(file: Read) -> bool:
     """Whether a file is a prompt library: texts, or objects with a prompt."""
     data = file.data
-    if file.kind != "data" or not isinstance(data, Mapping) or not data or "library" not in file.path.stem:
+    if file.kind != "data" or not isinstance(data, Mapping) or not data or "model_family" in data:
         return False
     return all(isinstance(each, str) or (isinstance(each, Mapping) and "prompt" in each) for each in data.values())
 
