@@ -14,6 +14,7 @@ from tuner.cli import (
     check,
     configure,
     convert,
+    doctor,
     extract,
     import_command,
     inspect,
@@ -50,6 +51,7 @@ app.command("merge")(merge.merge)
 app.command("extract")(extract.extract)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report_command.report)
+app.command("doctor")(doctor.doctor)
 app.add_typer(plugins.app, name="plugins")
 
 
