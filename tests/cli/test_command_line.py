@@ -108,7 +108,7 @@ def test_each_command_on_a_config_takes_keys_as_flags_and_refuses_others(
 def test_what_is_loaded_and_set_aside_is_said_before_anything_else(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--tread_config", '{"routes": []}', "--without", "tread", "--disable_benchmark")
+    words = ("--tread_config", '{"routes": []}', "--without", "tread", "--huber_c", "0.2")
     assert call(monkeypatch, "check", *words) == 2
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -116,7 +116,7 @@ def test_what_is_loaded_and_set_aside_is_said_before_anything_else(
     for loaded in ("datasets (built in)", "full (built in, idle)", "lora (built in)", "wan (difftuner "):
         assert loaded in lines[0]
     assert "note: set aside: tread_config (plugin 'tread' is left out)" in lines
-    assert "warning: disable_benchmark has no effect yet: the base model is not rendered at step 0" in lines
+    assert 'warning: huber_c does nothing: loss_type is "l2"' in lines
     assert "no-such-list.json" in err
 
 
