@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 
 import typer
 
@@ -80,6 +79,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except TunerError as error:
         if "--debug" in sys.argv:
+            import traceback
+
             traceback.print_exception(error)
         elif not (isinstance(error, Stopped) and processes.launched()[0] > 0):  # all stop, and one says so
             _print_error(error)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json as writer
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +22,8 @@ def doctor(
     debug: options.Debug = False,
 ) -> None:
     """Say what this machine has for training, what is missing, and print a block for a bug report."""
+    import json as writer
+
     from tuner.cli.diagnosis import GROUPS
 
     found = {group: asked(group) for group in GROUPS}
@@ -37,6 +37,9 @@ def doctor(
 
 def asked(group: str) -> list[Line]:
     """The answers of one group, from a process of its own: what hangs or crashes there is said and costs no more."""
+    import json as writer
+    import subprocess
+
     command = [sys.executable, "-m", "tuner.cli.diagnosis", group]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
