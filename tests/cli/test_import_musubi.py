@@ -214,3 +214,26 @@ def test_nothing_is_overwritten_and_what_is_wrong_is_one_error(call: Call, capsy
     assert call("import", "train.sh", "--output", "new") == 2
     assert "the task 't2v-99B'" in capsys.readouterr().err
     assert not Path("new").exists()
+
+
+def test_lycoris_has_a_config_of_its_own(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    found = imported(
+        call,
+        "--task t2v-14B --network_module lycoris.kohya --network_dim 16 --network_alpha 8 "
+        "--network_args algo=lokr factor=8 --network_weights old.safetensors",
+    )
+    assert found["lora_type"] == "lycoris"
+    assert found["lycoris_config"] == {"algo": "lokr", "factor": 8, "linear_dim": 16, "linear_alpha": 8.0}
+    assert not {key for key in found if key.startswith("lora_")} - {"lora_type"}
+    assert "network_weights = old.safetensors: of plain LoRA alone" in capsys.readouterr().out
+
+
+def test_options_that_our_optimizer_has_not_are_said(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    found = imported(
+        call, "--task t2v-14B --optimizer_type Adafactor --optimizer_args relative_step=False weight_decay=0.1"
+    )
+    assert (found["optimizer"], found["optimizer_config"]) == ("adafactor", {"weight_decay": 0.1})
+    assert "optimizer_args: relative_step = false: torch's Adafactor" in capsys.readouterr().out
+    found = imported(call, "--task t2v-14B --optimizer_type came --optimizer_args weight_decay=0.1")
+    assert not {"optimizer", "optimizer_config"} & found.keys()
+    assert "optimizer_type = came: no counterpart" in capsys.readouterr().out

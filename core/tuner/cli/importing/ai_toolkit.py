@@ -26,6 +26,7 @@ PRECISIONS = {
 """Their `qtype` -> ours; qfloat8 when absent there."""
 LEVELS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "sigmoid": ({"flow_sigmoid_scale": 1.0}, ""),
+    "weighted": ({"flow_use_uniform_schedule": True}, "evenly in both; its weights of the loss have no counterpart"),
     "linear": ({"flow_use_uniform_schedule": True}, "evenly in both"),
     "shift": ({"flow_schedule_auto_shift": True, "flow_use_uniform_schedule": True}, "by the number of tokens"),
 }
@@ -263,9 +264,9 @@ def _adapter(draft: Draft, given: Mapping[str, Any]) -> None:
     elif str(kind).lower() == "lokr":
         full = switched(given.get("network.lokr_full_rank", True))
         factor = int(given.get("network.lokr_factor", -1))
-        config = {"algo": "lokr", "factor": factor, "linear_dim": 10000 if full else rank}
-        config["linear_alpha"] = 1 if full else float(given.get("network.linear_alpha", 1))
-        draft.put("network.type", kind, "", lora_type="lycoris", lycoris_config=config)
+        draft.settings |= {"lora_rank": 10000 if full else rank}
+        draft.settings["lora_alpha"] = 1.0 if full else float(given.get("network.linear_alpha", 1))
+        shared.lycoris(draft, "network.type, network.linear", kind, {"algo": "lokr", "factor": factor})
     else:
         draft.none("network.type", kind, "no counterpart: a LoRA is trained")
         draft.settings |= {"lora_rank": rank, "lora_alpha": float(rank)}
@@ -283,12 +284,13 @@ def _training(draft: Draft, given: Mapping[str, Any]) -> None:
     ):
         if ours not in draft.settings:
             draft.default(theirs, value, **{ours: value})
+    shared.optimizer(draft, "train.optimizer_params")
     way = str(given.get("train.timestep_type", "sigmoid"))
     if switched(given.get("train.linear_timesteps", False)):
         way = "linear"
     if way in LEVELS:
-        ours, why = LEVELS[way]
-        draft.put("train.timestep_type", way, why, **ours)
+        found, why = LEVELS[way]
+        draft.put("train.timestep_type", way, why, **found)
     else:
         draft.none("train.timestep_type", way, f"no counterpart; known are {', '.join(LEVELS)}. Ours is logit-normal")
     if switched(given.get("logging.use_wandb", False)):

@@ -168,11 +168,11 @@ def _model(draft: Draft, given: Mapping[str, Any], where: Path) -> None:
         ("model.llm_path", "pretrained_t5_model_name_or_path"),
         ("model.vae_path", "pretrained_vae_model_name_or_path"),
     ):
-        if path := given.get(key):
-            if PurePath(str(path)).name in ("low_noise_model", "high_noise_model"):
-                draft.none(key, path, "a folder in Wan's own layout: the flavour's repository has this expert")
+        if file := given.get(key):
+            if PurePath(str(file)).name in ("low_noise_model", "high_noise_model"):
+                draft.none(key, file, "a folder in Wan's own layout: the flavour's repository has this expert")
             else:
-                shared.model_file(draft, key, path, target)
+                shared.model_file(draft, key, file, target)
     kind = str(given.get("model.transformer_dtype", given.get("model.dtype", "bfloat16")))
     if kind.startswith("float8"):
         draft.settings["base_model_precision"] = "fp8-scaled"
@@ -204,20 +204,10 @@ def _adapter(draft: Draft, given: Mapping[str, Any]) -> None:
         draft.settings.setdefault("lora_alpha", rank)
         draft.put("adapter.type", kind, "every matrix of the blocks", lora_target_modules=["all-linear"])
     elif kind == "lokr":
-        config = {
-            "algo": "lokr",
-            "factor": int(given.get("adapter.decompose_factor", -1)),
-            "linear_dim": min(rank, 10000),
-        }
-        config["linear_alpha"] = draft.settings.pop("lora_alpha", 1)
-        draft.settings.pop("lora_dtype", None)
-        draft.put(
-            "adapter.type",
-            kind,
-            "a rank above a matrix's is the whole matrix",
-            lora_type="lycoris",
-            lycoris_config=config,
-        )
+        draft.settings["lora_rank"] = min(rank, 10000)
+        draft.settings.setdefault("lora_alpha", 1)
+        factor = int(given.get("adapter.decompose_factor", -1))
+        shared.lycoris(draft, "adapter.type, adapter.rank", kind, {"algo": "lokr", "factor": factor})
     elif kind:
         draft.none("adapter.type", kind, "no counterpart; known are lora, lokr")
 
@@ -226,6 +216,7 @@ def _training(draft: Draft, given: Mapping[str, Any]) -> None:
     config = {key: given[f"optimizer.{key}"] for key in INTO_OPTIMIZER if f"optimizer.{key}" in given}
     if config:
         draft.settings["optimizer_config"] = config
+        shared.optimizer(draft, "optimizer")
     if "force_constant_lr" in given:
         draft.settings["learning_rate"] = given["force_constant_lr"]
     warmup = int(given.get("warmup_steps", 0))

@@ -62,7 +62,7 @@ class Draft:
     tool: str
     settings: dict[str, Any] = field(default_factory=dict)
     entries: list[dict[str, Any]] = field(default_factory=list)
-    prompts: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def apply(self, given: Mapping[str, Any], table: Mapping[str, Rule], where: str = "", to: Any = None) -> None:
@@ -98,6 +98,11 @@ class Draft:
         """Our keys for a default of theirs that is not ours."""
         self.put(theirs, value, "not given: the default there", **ours)
 
+    def move(self, ours: str, to: str, why: str) -> Any:
+        """Take one of our keys back; its rows then say ``to`` instead. What it was set to, or None."""
+        self.rows = [Row(row.theirs, row.value, to, why, row.joint) if row.ours == ours else row for row in self.rows]
+        return self.settings.pop(ours, None)
+
     def table(self) -> list[Row]:
         """The rows, each of their keys once where what became of several together is said in a row of its own."""
         said = {key for row in self.rows if not row.joint for key in row.theirs.split(", ")}
@@ -108,7 +113,7 @@ class Draft:
             name = value.lower() if isinstance(value, str) else value
             if name not in rule.values:
                 known = ", ".join(map(str, rule.values))
-                self.none(theirs, value, f"no counterpart for this value; known are {known}")
+                self.none(theirs, value, f"no counterpart for this value, so ours is the default; known are {known}")
                 return
             value_here = rule.values[name]
         else:

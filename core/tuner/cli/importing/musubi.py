@@ -264,10 +264,7 @@ def _adapter(draft: Draft, given: Mapping[str, Any]) -> None:
     words = given.get("network_args") or []
     extra = options(words)
     if str(given.get("network_module", "")).startswith("lycoris"):
-        rank, alpha = (draft.settings.pop(key) for key in ("lora_rank", "lora_alpha"))
-        draft.settings["lora_type"] = "lycoris"
-        config = {"algo": "lora", **extra, "linear_dim": rank, "linear_alpha": alpha}
-        draft.put("network_args", words, "rank and alpha are in it", lycoris_config=config)
+        shared.lycoris(draft, "network_module, network_args", words, {"algo": "lora", **extra})
         return
     draft.put(
         "network_module", given.get("network_module"), "every matrix of the blocks", lora_target_modules=["all-linear"]
@@ -290,6 +287,7 @@ def _length(draft: Draft, given: Mapping[str, Any]) -> None:
         draft.default("max_train_steps", 1600, max_train_steps=1600)
     if "optimizer_type" not in given:
         draft.default("optimizer_type", "AdamW", optimizer="adamw")
+    shared.optimizer(draft, "optimizer_args")
     if "lr_scheduler" not in given:
         draft.default("lr_scheduler", "constant", lr_scheduler="constant")
     warmup = float(given.get("lr_warmup_steps") or 0)

@@ -111,6 +111,32 @@ def common(draft: Draft, ours: str, values: Sequence[Any], theirs: str, why: str
         draft.none(theirs, values, f"{why}: {values[0]!r} is used for all")
 
 
+def lycoris(draft: Draft, theirs: str, value: Any, config: Mapping[str, Any]) -> None:
+    """A LyCORIS adapter; what was set for a plain LoRA moves into its config, or is said to be left out."""
+    into: dict[str, Any] = {}
+    for key, name in (("lora_rank", "linear_dim"), ("lora_alpha", "linear_alpha"), ("lora_dropout", "dropout")):
+        if (found := draft.move(key, "lycoris_config", f"`{name}` in it")) is not None:
+            into[name] = found
+    for key in ("init_lora", "lora_dtype", "lora_target_modules", "lora_exclude_modules"):
+        draft.move(key, "", "of plain LoRA alone: a LyCORIS adapter has its own config")
+    draft.put(theirs, value, "", lora_type="lycoris", lycoris_config={**into, **config})
+
+
+def optimizer(draft: Draft, theirs: str) -> None:
+    """Leave out options of an optimizer that has no counterpart, or other options than ours."""
+    options = draft.settings.get("optimizer_config")
+    if not options:
+        return
+    name = draft.settings.get("optimizer")
+    if name is None:
+        draft.move("optimizer_config", "", "options of an optimizer that has no counterpart")
+    elif name == "adafactor":
+        kept = {key: value for key, value in options.items() if key == "weight_decay"}
+        for key in options.keys() - kept.keys():
+            draft.none(f"{theirs}: {key}", options[key], "torch's Adafactor has no such option, or another one")
+        draft.settings["optimizer_config"] = kept
+
+
 def mask(draft: Draft, entry: dict[str, Any], folder: Any) -> dict[str, Any]:
     """The conditioning entry for a folder of masks, named in ``entry``."""
     entry["conditioning_data"] = f"{entry['id']}-masks"

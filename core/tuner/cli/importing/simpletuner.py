@@ -103,7 +103,8 @@ ADAM = {
 
 def translate(files: list[Read]) -> Draft:
     """The config, the list of datasets and the prompts, of the files and of those they name. Raises ConfigError."""
-    draft, given = Draft(TOOL), {}
+    draft = Draft(TOOL)
+    given: dict[str, Any] = {}
     data = next((file for file in files if isinstance(file.data, list)), None)
     library = next((file for file in files if _prompts(file)), None)
     for file in files:
