@@ -240,6 +240,13 @@ def test_models_of_ai_toolkit(call: Call, arch: str, path: str, flavour: str) ->
     assert plain_data(CONFIG)["model_flavour"] == flavour
 
 
+def test_the_shift_of_ai_toolkit_is_the_models(call: Call) -> None:
+    Path("job.yaml").write_text(JOB.replace("'linear'", "'shift'").replace("'wan21'", "wan22_5b"))
+    assert call("import", "job.yaml") == 0
+    expected = {"flow_use_uniform_schedule": True, "flow_schedule_shift": 5.0, "flow_schedule_auto_shift": None}
+    assert picked(expected) == expected
+
+
 def test_another_model_of_ai_toolkit_is_one_error(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     Path("job.yaml").write_text(JOB.replace("'wan21'", "flux"))
     assert call("import", "job.yaml") == 2

@@ -28,7 +28,7 @@ LEVELS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "sigmoid": ({"flow_sigmoid_scale": 1.0}, ""),
     "weighted": ({"flow_use_uniform_schedule": True}, "evenly in both; its weights of the loss have no counterpart"),
     "linear": ({"flow_use_uniform_schedule": True}, "evenly in both"),
-    "shift": ({"flow_schedule_auto_shift": True, "flow_use_uniform_schedule": True}, "by the number of tokens"),
+    "shift": ({"flow_use_uniform_schedule": True}, "evenly, then shifted: by 3 for Wan 2.1, by 5 for Wan 2.2"),
 }
 SPREAD = "frames spread evenly over the clip there; neighbouring frames here, so that motion keeps its speed"
 DONE = "always, and for all datasets"
@@ -76,7 +76,7 @@ TABLE: dict[str, Rule] = {
     "train.train_text_encoder": moot("text encoders are not trained"),
     "train.gradient_checkpointing": same("gradient_checkpointing", convert=switched),
     "train.noise_scheduler": moot("always flow matching"),
-    "train.timestep_type": joint("flow_use_uniform_schedule, flow_schedule_auto_shift"),
+    "train.timestep_type": joint("flow_use_uniform_schedule, flow_schedule_shift"),
     "train.content_or_style": moot("levels follow timestep_type alone; a higher flow_schedule_shift is rather content"),
     "train.optimizer": same("optimizer", values=shared.OPTIMIZERS),
     "train.optimizer_params": same("optimizer_config"),
@@ -289,7 +289,9 @@ def _training(draft: Draft, given: Mapping[str, Any]) -> None:
     if switched(given.get("train.linear_timesteps", False)):
         way = "linear"
     if way in LEVELS:
-        found, why = LEVELS[way]
+        levels, why = LEVELS[way]
+        shift = 5.0 if "2.2" in str(draft.settings["model_flavour"]) else 3.0
+        found = {**levels, "flow_schedule_shift": shift} if way == "shift" else levels
         draft.put("train.timestep_type", way, why, **found)
     else:
         draft.none("train.timestep_type", way, f"no counterpart; known are {', '.join(LEVELS)}. Ours is logit-normal")
