@@ -66,10 +66,6 @@ def test_nothing_is_said_where_nothing_is_asked() -> None:
             {"flow_beta_schedule_alpha": 3, "flow_beta_schedule_beta": 4},
             "flow_beta_schedule_alpha, flow_beta_schedule_beta do nothing: flow_use_beta_schedule is false",
         ),
-        (
-            {"gradient_checkpointing": False, "gradient_checkpointing_interval": 2},
-            "gradient_checkpointing_interval does nothing: gradient_checkpointing is false",
-        ),
         ({"lr_power": 2}, "lr_power does nothing: lr_scheduler is constant_with_warmup"),
         ({"model_type": "full", "lora_rank": 8, "lora_dropout": 0.1}, "lora_dropout, lora_rank do nothing: "),
     ],

@@ -66,7 +66,6 @@ class ModelKeys(PluginConfig):
         1,
         "Checkpoint every so many-th block, and keep all of the others.",
         ge=1,
-        needs={"gradient_checkpointing": (True, "selective", "offload")},
     )
 
     @property

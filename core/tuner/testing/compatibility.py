@@ -201,7 +201,7 @@ class Bench:
             "output_dir": str(self.folder / "output"),
             "cache_dir": str(self.folder / "cache"),
             "max_train_steps": 2,
-            "validation_prompt": "shapes",
+            "validation_prompt": "coloured shapes that move slowly over a plain background",
             **self.base,
             "data_backend_config": [*entries, {"id": "text", "dataset_type": "text_embeds", "default": True}],
         }
