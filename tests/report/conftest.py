@@ -160,6 +160,11 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
     (folder / "data_report.html").write_text("<!doctype html><title>data</title>", encoding="utf-8")
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
+    for name, write in (
+        (".mp4", lambda path: write_mp4(path, frames, 16)),
+        (".png", lambda path: write_png(path, frames[4])),
+    ):
+        write(folder / "validation" / "step-0" / f"cat@base{name}")
     for step in (1000, 2000, 3000):
         place = folder / "validation" / f"step-{step}"
         for name in ("cat", "cat@ema", "dog #2"):

@@ -65,20 +65,21 @@ def test_memory_is_drawn_part_by_part_with_the_measured_peak(browser: Browser, w
 def test_clips_follow_the_slider_and_play(browser: Browser, written: str) -> None:
     browser.open(written)
     names = browser.do("[...document.querySelectorAll('#clips figcaption')].map((each) => each.textContent)")
-    assert names == ["cat", "cat@ema", "dog #2"]
+    assert names == ["cat", "cat@base", "cat@ema", "dog #2"]
     assert browser.do("document.querySelector('#clips p').textContent") == "a </script><script>alert(1)</script> cat"
     sources = "[...document.querySelectorAll('#clips video')].map((each) => each.getAttribute('src'))"
-    assert browser.do(sources)[2] == "../validation/step-3000/dog%20%232.mp4"
+    assert browser.do(sources)[1] == "../validation/step-0/cat%40base.mp4"  # beside every later step
+    assert browser.do(sources)[3] == "../validation/step-3000/dog%20%232.mp4"
     links = "[...document.querySelectorAll('#clips a')].map((each) => each.getAttribute('href'))"
     assert browser.do(links) == ["../validation/step-3000/previews/cat/sheet.png"]
     browser.do(
-        "(() => { const it = document.getElementById('step'); it.value = 0; it.dispatchEvent(new Event('input')); })()"
+        "(() => { const it = document.getElementById('step'); it.value = 1; it.dispatchEvent(new Event('input')); })()"
     )
     assert browser.do(sources)[0] == "../validation/step-1000/cat.mp4"
     browser.do("Promise.all([...document.querySelectorAll('#clips video')].map((each) => each.play()))")
     browser.until("[...document.querySelectorAll('#clips video')].every((each) => each.currentTime > 0 && !each.error)")
     browser.do("document.getElementById('grid').closest('details').open = true")
-    browser.until("document.querySelectorAll('#grid img').length === 9")
+    browser.until("document.querySelectorAll('#grid img').length === 10")
     assert not browser.complaints()
 
 

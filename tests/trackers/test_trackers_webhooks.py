@@ -19,7 +19,7 @@ from PIL import Image
 from tuner.builtin import outbox
 from tuner.builtin.webhook import post
 from tuner.builtin.webhook.post import Webhook
-from tuner.builtin.webhook.settings import Settings
+from tuner.builtin.webhook.settings import Settings, read
 from tuner.errors import TunerError
 
 Run = Callable[..., Path]
@@ -33,8 +33,9 @@ class Server(ThreadingHTTPServer):
         self.posted: list[tuple[str, bytes]] = []
         self.status = 204
         self.first: list[int | str] = []
-        """what comes of the first messages instead: a status, ``close``, ``nonsense`` or ``stall``"""
+        """what comes of the first messages instead: a status, ``close``, ``nonsense``, ``endless`` or ``stall``"""
         self.closed = Event()
+        self.poured = 0
 
     @property
     def address(self) -> str:
@@ -51,6 +52,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         instead = self.server.first.pop(0) if self.server.first else None
+        if instead == "endless":
+            self.send_response(200)
+            self.send_header("Content-Length", str(2**33))
+            self.end_headers()
+            try:
+                while True:
+                    self.wfile.write(bytes(2**20))
+                    self.server.poured += 1
+            except OSError:
+                self.close_connection = True
+                return
         if instead in ("close", "stall"):
             if instead == "stall":
                 self.server.closed.wait(30)
@@ -58,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.posted.append((self.headers["Content-Type"], body))
         self.send_response(instead if isinstance(instead, int) else self.server.status)
+        if instead == 307:
+            self.send_header("Location", "/elsewhere")
         if instead == 429:
             self.send_header("Retry-After", "0")
         if instead == "nonsense":
@@ -150,7 +164,11 @@ def test_a_webhook_that_refuses_ends_no_run_and_its_address_is_not_shown(
     assert (run(tmp_path / "again", webhook_config=path) / "checkpoint-4").is_dir()
     assert "the server cannot be reached" in caplog.text
     assert "SECRET" not in caplog.text
-    assert "SECRET" not in (tmp_path / "again" / "checkpoint-4" / "manifest.json").read_text()
+    written_files = [each for each in (tmp_path / "again").rglob("*") if each.is_file()]
+    assert {"manifest.json", "index.html", "run.json", "events.jsonl", "train.jsonl"} <= {
+        each.name for each in written_files
+    }
+    assert not any(b"SECRET" in each.read_bytes() for each in written_files)
 
 
 def test_discord_gets_messages_with_files_ten_at_a_time(server: Server, tmp_path: Path) -> None:
@@ -216,3 +234,43 @@ def test_a_preview_is_posted_with_its_picture(server: Server, tmp_path: Path) ->
     [message] = [each for each in server.messages if each["event"] == "preview"]
     assert (message["sampling_step"], message["of"], message["prompt"]) == (5, 20, "a cat")
     assert base64.b64decode(message["files"][0]["base64"]) == picture.read_bytes()
+
+
+@pytest.mark.parametrize("fault", [307, 404, 429, 500])
+def test_what_a_server_refuses_with_is_said_and_only_one_that_is_busy_is_asked_again(
+    server: Server, fault: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "LONGEST_WAIT", 0.0)
+    server.first = [fault] * 9
+    with pytest.raises(RuntimeError, match=f"the server answers {fault}"):
+        Webhook(Settings(callback_url=server.address), "run").post("info", "start", "hello", {})
+    assert len(server.posted) == (post.TRIES + 1 if fault in (429, 500) else 1)
+
+
+def test_a_server_that_breaks_off_puts_the_address_into_nobodys_log(
+    server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(post, "LONGEST_WAIT", 0.0)
+    caplog.set_level(logging.DEBUG)
+    server.first = ["close"] * 9
+    with pytest.raises(RuntimeError, match="cannot be reached"):
+        Webhook(Settings(callback_url=server.address), "run").post("info", "start", "hello", {})
+    server.first = []
+    Webhook(Settings(callback_url=server.address), "run").post("info", "start", "hello", {})
+    assert "SECRET" not in caplog.text
+
+
+def test_an_answer_without_an_end_is_not_read(server: Server) -> None:
+    server.first = ["endless"]
+    Webhook(Settings(callback_url=server.address), "run").post("info", "start", "hello", {})
+    assert server.poured < 64
+
+
+@pytest.mark.parametrize("name", ["webhook_url", "callback_url", "webhook_type", "log_level"])
+def test_an_address_in_a_wrong_place_is_not_shown(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "webhook.json"
+    address = "https://example.com/SECRET"
+    path.write_text(json.dumps({name: [address] if name.endswith("url") else address}))
+    with pytest.raises(TunerError, match=name) as caught:
+        read(path)
+    assert "SECRET" not in str(caught.value)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,11 @@ TEXT = 1900
 """Characters of a message at most; Discord takes 2000."""
 TIMEOUT, TRIES = 30.0, 3
 """Seconds for each try; how often a server that is busy, or gone, is asked again."""
+BUSY = frozenset({429, 500, 502, 503, 504})
+"""Answers after which it is asked again."""
+LONGEST_WAIT = 60.0
+"""Seconds between two tries at most, whatever the server asks for."""
+logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)  # its debug lines hold the address
 
 
 class Webhook:
@@ -66,18 +73,36 @@ class Webhook:
         return {**message, "files": attached} if attached else message
 
     def _send(self, **content: Any) -> None:
+        for tried in range(TRIES + 1):
+            fault, wait = self._try(content)
+            if fault is None:
+                return
+            if wait is None or tried == TRIES:
+                raise RuntimeError(fault)
+            time.sleep(min(LONGEST_WAIT, max(wait, 0.5 * 2**tried)))
+
+    def _try(self, content: Mapping[str, Any]) -> tuple[str | None, float | None]:
+        """Post once: what is wrong, None where it is taken; seconds the server asks to wait, None where it is final."""
         import urllib3
 
-        asked_again = urllib3.Retry(
-            TRIES, allowed_methods=None, status_forcelist=(429, 500, 502, 503, 504), backoff_factor=0.5
-        )
         try:
-            answer = urllib3.request("POST", self.settings.address, timeout=TIMEOUT, retries=asked_again, **content)
+            # urllib3's own retries read a whole answer, however long, and warn with the address; redirects would hand
+            # clips to another server.
+            answer = urllib3.request(
+                "POST", self.settings.address, timeout=TIMEOUT, retries=False, preload_content=False, **content
+            )
         except urllib3.exceptions.HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            raise RuntimeError(f"the server cannot be reached ({type(reason).__name__})") from None
-        if answer.status >= 400:
-            raise RuntimeError(f"the server answers {answer.status}")
+            return f"the server cannot be reached ({type(error).__name__})", 0.0
+        answer.close()
+        if answer.status < 300:
+            return None, None
+        fault = f"the server answers {answer.status}"
+        if answer.status not in BUSY:
+            return fault, None
+        try:
+            return fault, urllib3.Retry().get_retry_after(answer) or 0.0
+        except urllib3.exceptions.InvalidHeader:
+            return fault, 0.0
 
 
 def _parts(files: Sequence[Path]) -> tuple[list[list[Path]], list[Path]]:

@@ -53,6 +53,12 @@ def read(path: Path) -> tuple[Settings, ...]:
 def _settings(entry: Any, path: Path) -> Settings:
     if not isinstance(entry, dict):
         raise ConfigError("a webhook must be an object of keys and values", where=path)
+    for name in ("webhook_url", "callback_url"):
+        if not isinstance(entry.get(name), str | None):
+            raise ConfigError(f"{name} is no text", where=path)  # without the value: it may hold the address
+    for name in ("webhook_type", "log_level"):
+        if "/" in str(entry.get(name)):
+            raise ConfigError(f"{name} holds an address", where=path, remedy="write the address as webhook_url")
     settings = build(Settings, entry, where=path)
     if not settings.address.startswith(("http://", "https://")):
         raise ConfigError(
