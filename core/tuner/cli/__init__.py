@@ -11,6 +11,7 @@ from tuner import processes
 from tuner.cli import (
     cache,
     check,
+    config_command,
     configure,
     convert,
     doctor,
@@ -52,6 +53,7 @@ app.command("inspect")(inspect.inspect)
 app.command("report")(report_command.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(config_command.app, name="config")
 
 
 def _print_version(asked: bool) -> None:

@@ -56,6 +56,7 @@ def raw_config(path: Path | None = None) -> dict[str, Any]:
         if (bare := bare_name(str(name))) in config:
             raise ConfigError(f"the key {bare!r} is given twice, once with leading dashes", where=file)
         config[bare] = value
+    config.pop("$schema", None)  # for editors
     return config
 
 
