@@ -22,7 +22,7 @@ from tuner.testing.plugin_env import importable, toy_distribution
 from tuner.testing.toy import build_toy
 
 MANY = settings(
-    max_examples=int(os.environ.get("TUNER_FUZZ", "60")),
+    max_examples=int(os.environ.get("TUNER_FUZZ", "40")),
     deadline=None,
     derandomize="TUNER_FUZZ" not in os.environ,
     suppress_health_check=list(HealthCheck),

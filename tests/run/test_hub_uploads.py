@@ -281,7 +281,6 @@ class TestResume:
         for reference, words in (
             ("hub:me/half/checkpoint-9", "has no checkpoint-9 on the hub"),
             ("hub:me/none", "there is no repository me/none"),
-            ("hub:me/half@nowhere", "has no revision 'nowhere'"),
             ("hub:me/bad", "is missing or damaged"),
         ):
             done = self.start(job, "hub-refused", reference, tmp_path)
