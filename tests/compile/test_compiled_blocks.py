@@ -60,9 +60,7 @@ def train(bench: Bench, output: Path, *features: str, **keys: Any) -> tuple[list
     return losses, load_file(file)
 
 
-@pytest.mark.parametrize(
-    "features", [(), ("group offload", "chunked feed-forward")], ids=["alone", "together"]
-)
+@pytest.mark.parametrize("features", [(), ("group offload", "chunked feed-forward")], ids=["alone", "together"])
 def test_it_trains_what_eager_blocks_train(bench: Bench, tmp_path: Path, features: tuple[str, ...]) -> None:
     plain, file = train(bench, tmp_path / "plain", *features)
     compiled, other = train(bench, tmp_path / "compiled", *features, dynamo_backend="aot_eager")

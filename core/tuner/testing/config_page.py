@@ -27,8 +27,8 @@ A config is one flat object of keys: JSON (comments and trailing commas are fine
 is also a flag, `--key value` or `--key=value`, and a bare `--key` means true; a list is written as `1,2` or
 as JSON, an object as JSON. A flag stands over `TRAINER_EXTRA_ARGS`, that over the single environment
 variables named below, those over the file, and the file over the default. Keys may have leading dashes.
-A default of `null` means "not set". `tuner config keys WORD` looks keys up, and `tuner config schema` prints a JSON schema
-for editors (`--datasets` for dataset files): name it in a config as `"$schema": "config.schema.json"`.
+A default of `null` means "not set". `tuner config keys WORD` looks keys up. `tuner config schema` prints a JSON
+schema for editors (`--datasets` for dataset files): name it in a config as `"$schema": "config.schema.json"`.
 """
 _SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("Model", ModelKeys),
