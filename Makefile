@@ -15,12 +15,13 @@ GPU_PAGES ?= docs/benchmarks
 GPU_PAGE := $(GPU_PYTHON) benchmarks/gpu_page.py
 GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 14b-small-card image-small-card)
 
-.PHONY: test triton-tests lint quickstart help bench gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
+.PHONY: docs test triton-tests lint quickstart help bench gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test        lint, types and tests"
+	@echo "make docs        the site of docs/, in output/site; fails where a link leads nowhere"
 	@echo "make triton-tests  the Triton kernels, in Triton's interpreter"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
 	@echo "make bench       counts and ratios on the CPU beside their goals; figures in docs/benchmarks/cpu.md"
@@ -39,6 +40,11 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DEV)
+	$(INSTALL) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "output/site/index.html"
 
 quickstart: $(RUNTIME)
 	$(BIN)/python examples/quickstart/prepare.py
