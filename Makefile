@@ -7,6 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Stamps: a second run installs nothing unless the requirements changed.
 RUNTIME := $(VENV)/.tuner-runtime
 DEV := $(VENV)/.tuner-dev
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
 # What needs a GPU, part by part, each under nine minutes on an H100; figures go to pages in this folder.
@@ -20,7 +21,7 @@ GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make test        lint, types and tests"
+	@echo "make test        lint, types, the site of docs/ and tests"
 	@echo "make docs        the site of docs/, in output/site; fails where a link leads nowhere"
 	@echo "make triton-tests  the Triton kernels, in Triton's interpreter"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
@@ -40,10 +41,10 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(SITE)
 
 docs: $(DEV)
-	$(INSTALL) -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(SITE)
 	@echo "output/site/index.html"
 
 quickstart: $(RUNTIME)

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "examples" / "tuner-ltx"
 QUOTES = re.findall(
-    r"```(?:python|toml)\n# (\S+)\n(.*?)```", (ROOT / "docs" / "new-family.md").read_text(encoding="utf-8"), re.DOTALL
+    r"```(?:python|toml)\n# (\S+)\n(.*?)```",
+    (ROOT / "docs" / "plugins" / "new-family.md").read_text(encoding="utf-8"),
+    re.DOTALL,
 )
 
 

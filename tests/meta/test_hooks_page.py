@@ -16,12 +16,12 @@ from tuner.testing import hooks_page
 from tuner.testing.toy import ToyPlugin
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "plugins" / "hooks.md").read_text(encoding="utf-8")
 HOOKS = hook_names()
 
 
 def test_the_page_is_the_one_that_is_generated() -> None:
-    assert hooks_page.page() == PAGE, "run: python -m tuner.testing.hooks_page > docs/hooks.md"
+    assert hooks_page.page() == PAGE, "run: python -m tuner.testing.hooks_page > docs/plugins/hooks.md"
 
 
 def test_every_hook_specification_is_marked() -> None:

@@ -53,7 +53,9 @@ def _lines() -> Iterator[str]:
         yield from _section(title, CORE, model, model.__doc__, plugins)
         seen.update(model.model_fields)
     rest = [key for key in CoreConfig.model_fields if key not in seen]
-    yield from _section("Plugins", CORE, CoreConfig, "Which plugins are loaded: see `docs/plugins.md`.", plugins, rest)
+    yield from _section(
+        "Plugins", CORE, CoreConfig, "Which plugins are loaded: see `docs/plugins/README.md`.", plugins, rest
+    )
     yield "\n## Plugin keys"
     for name, cls in plugins.items():
         if cls.Config.model_fields:

@@ -1,4 +1,4 @@
-"""``docs/hooks.md``, made from the hook contract: ``python -m tuner.testing.hooks_page > docs/hooks.md``."""
+"""``docs/plugins/hooks.md``, from the hook contract: ``python -m tuner.testing.hooks_page > docs/plugins/hooks.md``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SECTIONS = ("Called", "Arguments", "Returns")
 EXAMPLE = "Example::"
 HEAD = """# Hooks
 
-<!-- Made by `python -m tuner.testing.hooks_page > docs/hooks.md`; a test compares. -->
+<!-- Made by `python -m tuner.testing.hooks_page > docs/plugins/hooks.md`; a test compares. -->
 
 A plugin is a subclass of `tuner.Plugin`. Each hook it implements is a method of that class, marked with
 `@tuner.hookimpl`, with the argument names below. A hook may leave out arguments it does not need. A hook name
