@@ -80,30 +80,12 @@ def timed(action: Callable[[], Any]) -> float:
 def config(folder: Path) -> dict[str, Any]:
     """A config over a tiny Wan with a LoRA as large as that of 1.3B."""
     from tuner.testing.clips import render_clip
+    from tuner.testing.project import flat_config
     from tuner_wan.tiny import build_tiny_t2v
 
     build_tiny_t2v(folder / "model", layers=3, heads=2, head_dim=50)
     render_clip(folder / "clips" / "clip.mp4", width=64, height=64, frames=9, fps=16, seed=1)
-    entry = {
-        "id": "clips",
-        "dataset_type": "video",
-        "instance_data_dir": str(folder / "clips"),
-        "caption_strategy": "filename",
-        "resolution": 64,
-        "resolution_type": "pixel",
-        "video": {"num_frames": 9},
-    }
-    return {
-        "model_family": "wan",
-        "pretrained_model_name_or_path": str(folder / "model"),
-        "output_dir": str(folder / "output"),
-        "cache_dir": str(folder / "cache"),
-        "mixed_precision": "no",
-        "max_train_steps": 1000,
-        "lora_rank": RANK,
-        "checkpoints_total_limit": 2,
-        "data_backend_config": [entry, {"id": "text", "dataset_type": "text_embeds", "default": True}],
-    }
+    return flat_config(folder, family="wan", max_train_steps=1000, lora_rank=RANK, checkpoints_total_limit=2)
 
 
 def written(figures: dict[str, Any]) -> str:

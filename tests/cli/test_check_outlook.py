@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from tuner.cli import app, outlook
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution
+from tuner.testing.project import flat_config, video_entry
 from tuner.testing.toy import build_toy
 
 
@@ -30,26 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def checked(place: Path, **keys: Any) -> str:
-    entry = {
-        "id": "clips",
-        "dataset_type": "video",
-        "instance_data_dir": str(place / "clips"),
-        "caption_strategy": "filename",
-        "resolution": 64,
-        "resolution_type": "pixel_area",
-        "video": {"num_frames": 9},
-    }
-    config = {
-        "model_family": "toy",
-        "pretrained_model_name_or_path": str(place / "model"),
-        "output_dir": str(place / "output"),
-        "cache_dir": str(place / "cache"),
-        "max_train_steps": 10,
-        "train_batch_size": 2,
-        "checkpoint_step_interval": 4,
-        "data_backend_config": [entry, {"id": "text", "dataset_type": "text_embeds", "default": True}],
-        **keys,
-    }
+    usual = {"max_train_steps": 10, "train_batch_size": 2, "checkpoint_step_interval": 4, "mixed_precision": "bf16"}
+    config = flat_config(place, video_entry(place / "clips", resolution_type="pixel_area"), **(usual | keys))
     path = place / "config.json"
     path.write_text(json.dumps(config))
     result = CliRunner().invoke(app, ["check", "--config", str(path)], env={"COLUMNS": "200"})

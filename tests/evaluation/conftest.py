@@ -12,6 +12,7 @@ import torch
 
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution
+from tuner.testing.project import flat_config, video_entry
 from tuner.testing.toy import build_toy
 
 Settings = Callable[..., dict[str, Any]]
@@ -45,31 +46,15 @@ def make_settings(folder: Path, tmp_path: Path) -> Settings:
     """A flat config over the dataset ``clips`` and the held-out ones named."""
 
     def make(held_out: tuple[str, ...] = ("unseen",), output: str = "output", **keys: Any) -> dict[str, Any]:
-        entries = [
-            {
-                "id": name,
-                "dataset_type": "eval" if name in held_out else "video",
-                "instance_data_dir": str(folder / name),
-                "cache_dir_vae": str(folder / "cache"),
-                "resolution": 64,
-                "resolution_type": "pixel",
-                "video": {"num_frames": 9},
-            }
-            for name in ("clips", *held_out)
-        ]
-        text = {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": str(folder / "text")}
-        return {
-            "model_family": "toy",
-            "pretrained_model_name_or_path": str(folder / "model"),
+        kinds = {"clips": "video", **dict.fromkeys(held_out, "eval")}
+        entries = [video_entry(folder / name, dataset_type=kind) for name, kind in kinds.items()]
+        usual = {
             "output_dir": str(tmp_path / output),
-            "mixed_precision": "no",
             "max_train_steps": 6,
             "train_batch_size": 2,
-            "lora_rank": 4,
             "learning_rate": 1e-2,
-            "data_backend_config": [*entries, text],
-            **keys,
         }
+        return flat_config(folder, *entries, **({"learning_rate": 1e-2} | usual | keys))
 
     return make
 

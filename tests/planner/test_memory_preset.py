@@ -25,6 +25,7 @@ from tuner.hookspecs import hookimpl
 from tuner.plugin import Plugin, PluginConfig
 from tuner.run import Run
 from tuner.testing.clips import render_clip
+from tuner.testing.project import flat_config, video_entry
 from tuner_wan.tiny import build_tiny
 
 GIB = 2**30
@@ -150,28 +151,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(folder: Path, **keys: Any) -> dict[str, Any]:
     """A run of the tiny model. Its encoders are planned as Wan's own: UMT5 takes 11 GiB, streamed 1.3 GiB."""
-    videos = {
-        "id": "clips",
-        "dataset_type": "video",
-        "instance_data_dir": str(folder / "clips"),
-        "caption_strategy": "filename",
-        "resolution": 32,
-        "resolution_type": "pixel",
-        "video": {"num_frames": 5},
-    }
-    return {
-        "model_family": "wan",
-        "pretrained_model_name_or_path": str(folder / "model"),
-        "output_dir": str(folder / "output"),
-        "cache_dir": str(folder / "cache"),
-        "max_train_steps": 2,
-        "lora_rank": 2,
-        "mixed_precision": "no",
-        "gradient_checkpointing": True,
-        "memory_preset": "2G",
-        "data_backend_config": [videos, {"id": "text", "dataset_type": "text_embeds", "default": True}],
-        **keys,
-    }
+    videos = video_entry(folder / "clips", resolution=32, frames=5)
+    usual = {"max_train_steps": 2, "lora_rank": 2, "gradient_checkpointing": True, "memory_preset": "2G"}
+    return flat_config(folder, videos, family="wan", **(usual | keys))
 
 
 def recorded(folder: Path, step: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tuner.builtin.planner.beside import Beside, compared
 from tuner.builtin.planner.memory import CONTEXT, Memory
 from tuner.data.samples import Bucket
 from tuner.testing.clips import render_clip
+from tuner.testing.project import flat_config, video_entry
 from tuner_wan.tiny import build_tiny
 
 GIB = 2**30
@@ -43,26 +44,8 @@ def settings(folder: Path, **keys: Any) -> dict[str, Any]:
     build_tiny(folder / "model", layers=4)
     for index in range(2):
         render_clip(folder / "clips" / f"clip {index}.mp4", width=32, height=32, frames=5, fps=16, seed=index)
-    videos = {
-        "id": "clips",
-        "dataset_type": "video",
-        "instance_data_dir": str(folder / "clips"),
-        "caption_strategy": "filename",
-        "resolution": 32,
-        "resolution_type": "pixel",
-        "video": {"num_frames": 5},
-    }
-    return {
-        "model_family": "wan",
-        "pretrained_model_name_or_path": str(folder / "model"),
-        "output_dir": str(folder / "output"),
-        "cache_dir": str(folder / "cache"),
-        "max_train_steps": 3,
-        "lora_rank": 2,
-        "mixed_precision": "no",
-        "data_backend_config": [videos, {"id": "text", "dataset_type": "text_embeds", "default": True}],
-        **keys,
-    }
+    videos = video_entry(folder / "clips", resolution=32, frames=5)
+    return flat_config(folder, videos, family="wan", **({"max_train_steps": 3, "lora_rank": 2} | keys))
 
 
 def test_a_run_says_it_once_after_its_first_step(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution, write_distribution
+from tuner.testing.project import flat_config
 from tuner.testing.toy import build_toy
 from tuner_preview.layout import Layout
 
@@ -59,22 +60,8 @@ def make_settings(folder: Path, tmp_path: Path) -> Settings:
     (tmp_path / "library.json").write_text('{"red": "a red square", "a cat": "a cat walks"}', encoding="utf-8")
 
     def make(output: str = "output", **keys: Any) -> dict[str, Any]:
-        clips = {
-            "id": "clips",
-            "dataset_type": "video",
-            "instance_data_dir": str(folder / "clips"),
-            "cache_dir_vae": str(folder / "cache"),
-            "caption_strategy": "filename",
-            "resolution": 64,
-            "resolution_type": "pixel",
-            "video": {"num_frames": 9},
-        }
-        text = {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": str(folder / "text")}
-        return {
-            "model_family": "toy",
-            "pretrained_model_name_or_path": str(folder / "model"),
+        usual = {
             "output_dir": str(tmp_path / output),
-            "mixed_precision": "no",
             "max_train_steps": 2,
             "lora_rank": 2,
             "lora_dropout": 0.2,
@@ -86,9 +73,8 @@ def make_settings(folder: Path, tmp_path: Path) -> Settings:
             "validation_num_video_frames": 9,
             "validation_preview": True,
             "validation_preview_steps": 5,
-            "data_backend_config": [clips, text],
-            **keys,
         }
+        return flat_config(folder, **(usual | keys))
 
     return make
 

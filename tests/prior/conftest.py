@@ -11,6 +11,7 @@ import torch
 
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution
+from tuner.testing.project import flat_config, video_entry
 from tuner.testing.toy import build_toy
 
 Settings = Callable[..., dict[str, Any]]
@@ -36,37 +37,21 @@ def make_settings(folder: Path, tmp_path: Path) -> Settings:
     """A flat config over datasets ``teach`` and ``hold``; ``datasets`` says which of them."""
 
     def make(datasets: tuple[str, ...] = ("teach", "hold"), **keys: Any) -> dict[str, Any]:
-        entries: list[dict[str, Any]] = [
-            {
-                "id": name,
-                "dataset_type": "video",
-                "instance_data_dir": str(folder / "clips"),
-                "cache_dir_vae": str(folder / "cache"),
-                "resolution": 64,
-                "resolution_type": "pixel",
-                "video": {"num_frames": 9},
-                "repeats": len(datasets) - 1,  # each dataset by itself must fill a batch
-                **({"is_regularisation_data": True} if name == "hold" else {}),
-            }
+        # Each dataset by itself must fill a batch.
+        shared = {"cache_dir_vae": str(folder / "cache"), "repeats": len(datasets) - 1}
+        entries = [
+            video_entry(
+                folder / "clips", id=name, **shared, **({"is_regularisation_data": True} if name == "hold" else {})
+            )
             for name in datasets
         ]
-        text = {
-            "id": "text",
-            "dataset_type": "text_embeds",
-            "default": True,
-            "cache_dir": str(tmp_path / "text"),
-        }
-        return {
-            "model_family": "toy",
-            "pretrained_model_name_or_path": str(folder / "model"),
+        usual = {
             "output_dir": str(tmp_path / "output"),
-            "mixed_precision": "no",
+            "cache_dir": str(tmp_path / "cache"),
             "max_train_steps": 3,
             "train_batch_size": 2 * len(datasets),
-            "lora_rank": 4,
             "learning_rate": 1e-2,
-            "data_backend_config": [*entries, text],
-            **keys,
         }
+        return flat_config(folder, *entries, **(usual | keys))
 
     return make

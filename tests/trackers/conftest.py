@@ -14,6 +14,7 @@ from tuner import pipeline
 from tuner.assembly import assemble
 from tuner.testing.clips import render_clip
 from tuner.testing.plugin_env import importable, toy_distribution, write_distribution
+from tuner.testing.project import flat_config, video_entry
 from tuner.testing.toy import build_toy
 
 FAKES = '''
@@ -125,28 +126,9 @@ def run(workplace: Path) -> Run:
     """Runs a config over the toy model and returns its output folder."""
 
     def go(output: Path, **keys: Any) -> Path:
-        video = {
-            "id": "clips",
-            "dataset_type": "video",
-            "instance_data_dir": str(workplace / "clips"),
-            "caption_strategy": "filename",
-            "resolution": 64,
-            "resolution_type": "pixel_area",
-            "video": {"num_frames": 9},
-        }
-        settings = {
-            "model_family": "toy",
-            "pretrained_model_name_or_path": str(workplace / "model"),
-            "output_dir": str(output),
-            "cache_dir": str(workplace / "cache"),
-            "mixed_precision": "no",
-            "max_train_steps": 4,
-            "train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "lora_rank": 4,
-            "data_backend_config": [video, {"id": "text", "dataset_type": "text_embeds", "default": True}],
-            **keys,
-        }
+        video = video_entry(workplace / "clips", resolution_type="pixel_area")
+        usual = {"output_dir": str(output), "train_batch_size": 2, "learning_rate": 1e-2}
+        settings = flat_config(workplace, video, **(usual | keys))
         pipeline.run(assemble(settings))
         return output
 
