@@ -43,11 +43,13 @@ def assembly(
     import os
 
     from tuner.assembly import assemble
+    from tuner.cli import allocator
     from tuner.cli.flags import read_settings
     from tuner.cli.logs import show_log
     from tuner.selection import Catalog
 
     show_log()
+    allocator.settle(os.environ)
     catalog = Catalog()
     listed, left_out = names(plugins), names(without) or []
     settings = read_settings(config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog)
