@@ -14,6 +14,7 @@ import typer
 from tuner.cli import app, config_command
 from tuner.cli.flags import parse_flags
 from tuner.config.describe import facts
+from tuner.testing.drift import DriftConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -56,7 +57,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def known_keys() -> set[str]:
-    fields = [(name, field) for _, model in config_command.models() for name, field in model.model_fields.items()]
+    models = [*(model for _, model in config_command.models()), DriftConfig]  # the tutorial's plugin has a key, too
+    fields = [(name, field) for model in models for name, field in model.model_fields.items()]
     return {name for name, _ in fields} | {other for _, field in fields for other in facts(field).aliases}
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,8 @@ from tuner.builtin.hub import HubConfig
 from tuner.builtin.pending.keys import PendingKeys
 from tuner.builtin.sampling.keys import SamplingConfig
 from tuner.selection import discover
-from tuner.testing.contract import FamilyContract, PluginContract
+from tuner.testing.contract import PluginContract
+from tuner_wan.contract import WanContract, WanFamilyContract
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -242,21 +241,15 @@ class TestWebhook(PluginContract):
     legacy_keys = frozenset({"webhook_config"})
 
 
-class TestWan(PluginContract):
-    plugin = "wan"
-    legacy_keys = frozenset({"pretrained_transformer_2_model_name_or_path"})
+class TestWan(WanContract):
+    pass
 
 
-class TestWanFamily(FamilyContract):
-    plugin = "wan"
-
-    def build(self, folder: Path) -> dict[str, Any]:
-        from tuner_wan.tiny import build_tiny_t2v
-
-        build_tiny_t2v(folder / "wan")
-        return {"pretrained_model_name_or_path": str(folder / "wan")}
+class TestWanFamily(WanFamilyContract):
+    pass
 
 
 def test_no_plugin_is_missing_here() -> None:
-    tested = {cls.plugin for cls in PluginContract.__subclasses__() if cls.__module__ == __name__}
+    classes = [each for name, each in globals().items() if name.startswith("Test") and issubclass(each, PluginContract)]
+    tested = {cls.plugin for cls in classes}
     assert tested == {name for name, found in discover().items() if found.package == "difftuner"}

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from tuner_ltx.tiny import build_tiny
-
-from tuner.testing.contract import FamilyContract, PluginContract
+from tuner_ltx.contract import LtxContract, LtxFamilyContract
 
 
-class TestLtxPlugin(PluginContract):
-    plugin = "ltx"
+class TestLtxPlugin(LtxContract):
+    """Every check of it."""
 
 
-class TestLtxFamily(FamilyContract):
-    plugin = "ltx"
-    clip = (9, 64, 96)
-
-    def build(self, folder: Path) -> dict[str, Any]:
-        return {"pretrained_model_name_or_path": str(build_tiny(folder / "tiny-ltx"))}
+class TestLtxFamily(LtxFamilyContract):
+    """Every check of it."""

@@ -4,8 +4,8 @@ It proves that features work for every family: token routing, LoRA, chunked feed
 validation run on it without knowing it, and it without knowing them. It is also the shortest family
 there is to read before writing one.
 
-It is no installed plugin: tests put a distribution with the entry point ``toy`` on the path (see
-``tuner.testing.plugin_env``), and :func:`build_toy` writes a model folder.
+Tests put a distribution with the entry point ``toy`` on the path (see ``tuner.testing.plugin_env``);
+:func:`build_toy` writes a model folder. ``tuner plugins new NAME --kind family`` copies these files under another name.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class ToyPlugin(Plugin[ToyConfig]):
         return flow.loss(run.config, model.predict(batch), batch)
 
 
-def build_toy(path: Path, **settings: Any) -> Path:
+def build_toy(path: str | Path, **settings: Any) -> Path:
     """Write a toy model folder to ``path`` (see :func:`tuner.testing.toy.build.build`); returns ``path``."""
     from tuner.testing.toy.build import build
 
-    return build(path, **settings)
+    return build(Path(path), **settings)

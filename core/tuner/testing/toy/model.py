@@ -72,10 +72,10 @@ def _components(folder: Path, dimensions: ToyDimensions, device: torch.device) -
 
         return Component(load=filled, files=files, settings={"precision": "float32"})
 
-    return {
-        "vae": component("vae", ToyVae),
-        "text_encoder": component("text_encoder", lambda: ToyTextEncoder(dimensions.text_dim, dimensions.text_tokens)),
-    }
+    def text_encoder() -> nn.Module:
+        return ToyTextEncoder(dimensions.text_dim, dimensions.text_tokens)
+
+    return {"vae": component("vae", ToyVae), "text_encoder": component("text_encoder", text_encoder)}
 
 
 def encode(model: Model, batch: EncodeBatch) -> Encoded:

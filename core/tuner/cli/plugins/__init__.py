@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import options
+from tuner.cli.plugins.check import check
+from tuner.cli.plugins.new import new
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -15,8 +17,12 @@ if TYPE_CHECKING:
     from tuner.selection import Catalog, Found
 
 app = typer.Typer(
-    help="List the installed plugins, and say which ones the config loads.", add_completion=False, rich_markup_mode=None
+    help="List the installed plugins, check them, write a new one.", add_completion=False, rich_markup_mode=None
 )
+
+
+app.command("check")(check)
+app.command("new")(new)
 
 
 @app.callback(invoke_without_command=True)
