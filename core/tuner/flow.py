@@ -150,7 +150,9 @@ def draw(
     tokens: int,
     sigma_range: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Noise levels (B,) float32 and noise like ``latents`` (B, C, F', h, w), each sample from its own generators.
+    """Noise levels (B,) float32 and noise of the shape and type of ``latents`` (B, C, F', h, w), both on the CPU.
+
+    Each sample has generators of its own.
 
     They depend on (seed, step, position in the global batch) alone: not on the process, the device or
     the other samples.
@@ -161,8 +163,8 @@ def draw(
         for at in positions
     ]
     return (
-        _inside(torch.tensor(sigmas, dtype=torch.float32), sigma_range).to(latents.device),
-        torch.stack(noise).to(latents.device, latents.dtype),
+        _inside(torch.tensor(sigmas, dtype=torch.float32), sigma_range),
+        torch.stack(noise).to(latents.dtype),
     )
 
 

@@ -251,6 +251,8 @@ class Batch:
     """(B, S) bool: tokens that no route may drop; None is none of them"""
     regularisation: tuple[bool, ...] = ()
     """Which samples hold the model to its base; empty is none of them."""
+    levels: tuple[float, ...] = ()
+    """``sigmas`` as the core drew them, for the host to read without waiting for the device; empty where it did not"""
 
 
 @dataclass(frozen=True)

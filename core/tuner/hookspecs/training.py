@@ -133,7 +133,7 @@ class TrainingHooks:
 
         Called: all, after each optimizer step and before its validation; must not synchronise with the device unless
         it has to.
-        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local detached tensors and numbers:
+        Arguments: ``run`` (its ``step`` counts this step); ``model``; ``metrics``: local numbers:
         ``loss``, ``grad_norm``, ``learning_rate``, ``samples``, ``seconds`` of the step alone, and what
         ``compute_loss`` measured.
         Returns: nothing; an exception is logged with the plugin's name and does not end the run.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tuner import flow, processes, rng
 from tuner.data.loader import LoadedBatch
+from tuner.data.transfer import sent
 from tuner.errors import FailedElsewhere, TrainingError
 from tuner.model import Batch, Loss, Network
 from tuner.sharded import is_sharded, whole_of
@@ -31,14 +32,14 @@ class StepResult:
     learning_rate: float
     samples: int
     skipped: bool
-    metrics: Mapping[str, Tensor]
-    """what ``compute_loss`` measured, still on the device"""
+    metrics: Mapping[str, float]
+    """what ``compute_loss`` measured"""
 
 
 def train_step(session: Session) -> StepResult:
     """Forward, backward, clip, step. In a network's first step every trained tensor must get a gradient.
 
-    There is one host read, after all backwards are queued: the loss and the gradient norm together. A
+    There is one host read, after all backwards are queued: loss, gradient norm and metrics together. A
     non-finite value never reaches the optimizer. Raises TrainingError for it unless ``nonfinite`` is ``skip``.
 
     With gradient release the weights are stepped during backward: a non-finite loss is read before it, and a
@@ -78,7 +79,7 @@ def train_step(session: Session) -> StepResult:
     sum_over_processes([each for each in optimizers.parameters(optimizer) if not is_sharded(each)], total)
     norm = clip_gradients(session) if release is None else release.finish()
     with session.timed("device"):
-        value, norm_value = torch.stack([total, norm.to(total)]).tolist()
+        value, norm_value, *measured = _read([total, norm, *metrics.values()])
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.skipped = 0
@@ -94,7 +95,17 @@ def train_step(session: Session) -> StepResult:
     if not finite:
         everywhere = [sample for part in processes.gather(seen) for sample in part]
         _nonfinite(session, value, norm_value, everywhere, spoilt=bool(reached))
-    return StepResult(value, norm_value, rate, samples, not finite, metrics)
+    return StepResult(value, norm_value, rate, samples, not finite, dict(zip(metrics, measured, strict=True)))
+
+
+def _read(scalars: Sequence[Tensor]) -> list[float]:
+    """The values of ``scalars``, with one read of each device that they are on."""
+    values: dict[int, float] = {}
+    for device in {each.device for each in scalars}:
+        alike = [index for index, each in enumerate(scalars) if each.device == device]
+        read = torch.stack([scalars[index].detach().float().squeeze() for index in alike]).tolist()
+        values |= dict(zip(alike, read, strict=True))
+    return [values[index] for index in range(len(scalars))]
 
 
 def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple[int, bool]]:
@@ -112,15 +123,15 @@ def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple
 def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
     """A loaded batch on the device, with the noise, times and target drawn by the core."""
     device, network = session.engine.device, session.model.network
-    latents = loaded.latents.to(device, non_blocking=True)
-    sigmas, noise = flow.draw(
+    drawn, noise = flow.draw(
         session.run.config,
         step=session.run.step,
         positions=loaded.positions,
-        latents=latents,
-        tokens=network.spec.tokens(*latents.shape[2:]),
+        latents=loaded.latents,
+        tokens=network.spec.tokens(*loaded.latents.shape[2:]),
         sigma_range=network.spec.sigma_range,
     )
+    latents, sigmas, noise = (sent(each, device) for each in (loaded.latents, drawn, noise))
     noisy, target = flow.mix(latents, noise, sigmas)
     forced, keep_at_least = loaded.forced, loaded.keep_at_least
     own = session.model.forced_tokens((latents.shape[2], latents.shape[3], latents.shape[4]))
@@ -130,8 +141,8 @@ def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
         keep_at_least = int(forced.sum(1).max())
     return Batch(
         latents=latents,
-        text={name: tensor.to(device, non_blocking=True) for name, tensor in loaded.text.items()},
-        video={name: tensor.to(device, non_blocking=True) for name, tensor in loaded.video.items()},
+        text={name: sent(tensor, device) for name, tensor in loaded.text.items()},
+        video={name: sent(tensor, device) for name, tensor in loaded.video.items()},
         sample_ids=loaded.sample_ids,
         positions=loaded.positions,
         sigmas=sigmas,
@@ -139,9 +150,10 @@ def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
         noisy=noisy,
         target=target,
         keep_at_least=keep_at_least,
-        mask=None if loaded.mask is None else loaded.mask.to(device, non_blocking=True),
-        forced=None if forced is None else forced.to(device, non_blocking=True),
+        mask=None if loaded.mask is None else sent(loaded.mask, device),
+        forced=None if forced is None else sent(forced, device),
         regularisation=loaded.regularisation,
+        levels=tuple(drawn.tolist()),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tuner import flow
+from tuner.data.transfer import sent
 from tuner.model import Batch, Loss, Model
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def roll_out(config: ScheduledSamplingConfig, run: Run, model: Model, batch: Bat
     tokens = network.spec.tokens(*batch.latents.shape[2:])
     core = run.config
     shift = flow.auto_shift(tokens) if core.flow_schedule_auto_shift else core.flow_schedule_shift or 1.0
-    sigmas = batch.sigmas.tolist()
+    sigmas = batch.levels or batch.sigmas.tolist()
     highest = flow.unshift_sigma(network.spec.sigma_range[1], shift)
     offsets = [
         _offset(config, run, position, highest - flow.unshift_sigma(sigma, shift)) if sigma > LEAST_SIGMA else 0
@@ -77,12 +78,13 @@ def roll_out(config: ScheduledSamplingConfig, run: Run, model: Model, batch: Bat
     paths = [levels(sigma, offset, steps, shift) for sigma, offset in zip(sigmas, offsets, strict=True)]
     make = _unipc if config.scheduled_sampling_sampler == "unipc" else _euler
     samplers = [make(path) for path in paths]
-    start = torch.tensor([path[0] for path in paths], dtype=torch.float32).to(batch.sigmas)
+    start = torch.tensor([path[0] for path in paths], dtype=torch.float32)
+    start = sent(start, batch.sigmas.device)
     state, _ = flow.mix(batch.latents, batch.noise, start)
     with network.inference():
         for left in range(longest, 0, -1):
             now = torch.tensor([path[-1 - min(left, len(path) - 1)] for path in paths], dtype=torch.float32)
-            velocity = model.predict(replace(batch, noisy=state, sigmas=now.to(batch.sigmas))).to(state.dtype)
+            velocity = model.predict(replace(batch, noisy=state, sigmas=sent(now, batch.sigmas.device))).to(state.dtype)
             moved = [
                 sampler(velocity[at : at + 1], state[at : at + 1], left) if left <= offset else state[at : at + 1]
                 for at, (sampler, offset) in enumerate(zip(samplers, offsets, strict=True))
@@ -133,7 +135,7 @@ def _unipc(path: Sequence[float]) -> Step:
 
 def _put(batch: Batch, reached: Tensor, rolled: Tensor) -> None:
     """Train the samples ``rolled`` (B,) bool from the points ``reached``; the others stay as they are, bit for bit."""
-    where = rolled.to(reached.device).view(-1, *[1] * (reached.ndim - 1))
+    where = sent(rolled, reached.device).view(-1, *[1] * (reached.ndim - 1))
     sigma = batch.sigmas.clamp(min=LEAST_SIGMA).view(-1, *[1] * (reached.ndim - 1)).to(reached.dtype)
     batch.noisy = torch.where(where, reached, batch.noisy)
     batch.target = torch.where(where, (reached - batch.latents) / sigma, batch.target)

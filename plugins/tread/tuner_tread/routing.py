@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tuner.blocks import RouteRequest, TokenRoute, TokenSelector
+from tuner.data.transfer import sent
 from tuner.run import Run
 from tuner_tread.ranges import BlockRange, check_clip, keep_count
 
@@ -53,10 +54,7 @@ def draw_scores(run: Run, request: RouteRequest, purpose: str) -> Tensor:
     """
     _, size, _ = request.tokens.shape
     scores = torch.stack([torch.rand(size, generator=run.rng(purpose, position)) for position in request.positions])
-    device = request.tokens.device
-    if device.type == "cuda":
-        scores = scores.pin_memory()
-    return scores.to(device, non_blocking=True)
+    return sent(scores, request.tokens.device)
 
 
 def lowest(scores: Tensor, keep: int) -> Tensor:

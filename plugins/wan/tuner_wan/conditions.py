@@ -44,12 +44,12 @@ def given_clip(pixels: Tensor, first: Tensor, last: Tensor | None) -> Tensor:
     return torch.cat([first, first.new_zeros(3, frames - 2, *first.shape[2:]), last], dim=1)
 
 
-def frame_mask(condition: str, frames: int, stride: int) -> Tensor:
+def frame_mask(condition: str, frames: int, stride: int, device: torch.device | None = None) -> Tensor:
     """(stride, F', 1, 1) float32: 1 where a pixel frame is given, by its place in its latent frame and that frame.
 
     The first pixel frame fills the whole first latent frame.
     """
-    mask = torch.zeros(stride, frames, 1, 1)
+    mask = torch.zeros(stride, frames, 1, 1, device=device)
     mask[:, 0] = 1
     if condition == BETWEEN:
         mask[-1, -1] = 1
@@ -59,7 +59,7 @@ def frame_mask(condition: str, frames: int, stride: int) -> Tensor:
 def with_mask(encoded: Tensor, condition: str, stride: int) -> Tensor:
     """(B, stride + C, F', h, w): the mask and the encoded condition (B, C, F', h, w), as channels."""
     batch, _, frames, height, width = encoded.shape
-    mask = frame_mask(condition, frames, stride).to(encoded)
+    mask = frame_mask(condition, frames, stride, encoded.device).to(encoded.dtype)
     return torch.cat([mask.expand(batch, -1, -1, height, width), encoded], dim=1)
 
 
@@ -90,12 +90,12 @@ def token_times(spec: ModelSpec, network: NetworkSpec, times: Tensor, latents: T
     frames, height, width = latents.shape[2:]
     if not starts_clean(spec, frames):
         return times
-    return times.unsqueeze(1) * ~first_frame_tokens(network, (frames, height, width)).to(times.device)
+    return times.unsqueeze(1) * ~first_frame_tokens(network, (frames, height, width), times.device)
 
 
-def first_frame_tokens(network: NetworkSpec, grid: tuple[int, int, int]) -> Tensor:
+def first_frame_tokens(network: NetworkSpec, grid: tuple[int, int, int], device: torch.device | None = None) -> Tensor:
     """(S,) bool: the tokens of the first latent frame of a clip of ``grid`` latent (frames, height, width)."""
-    tokens = torch.zeros(network.tokens(*grid), dtype=torch.bool)
+    tokens = torch.zeros(network.tokens(*grid), dtype=torch.bool, device=device)
     tokens[: network.tokens(network.patch[0], *grid[1:])] = True
     return tokens
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tuner.data.transfer import sent
 from tuner.model import Batch, Model
 
 
@@ -16,7 +17,7 @@ def take_base_as_target(model: Model, batch: Batch) -> None:
     """
     with model.network.base():
         prediction = model.predict(batch)
-    marked = torch.tensor(batch.regularisation or (False,) * len(batch.target), device=batch.target.device)
+    marked = sent(torch.tensor(batch.regularisation or (False,) * len(batch.target)), batch.target.device)
     where = marked.view(-1, *[1] * (batch.target.ndim - 1))
     # The wider of the two dtypes: neither the prediction nor the others' target may lose digits.
     batch.target = torch.where(where, prediction, batch.target)
