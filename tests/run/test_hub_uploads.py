@@ -240,16 +240,32 @@ def test_upload_ends_with_the_run(hub: Hub, tmp_path: Path) -> None:
         assert child.wait(60) == 1
 
 
+ENDED = "-- ended --\n"
+RUNS = f"""
+import sys
+from tuner.cli import main
+config, *references = sys.argv[1:]
+for reference in references:
+    sys.argv[1:] = ["run", "--config", config, "--resume_from_checkpoint", reference]
+    try:
+        main()
+    except SystemExit as ended:
+        print("exit code", ended.code, file=sys.stderr)
+    print({ENDED!r}, end="", file=sys.stderr)
+"""
+
+
 class TestResume:
-    """Going on from the hub. Its package reads the address once, so each run is a process of its own."""
+    """Going on from the hub. Its package reads the address once, so the runs are in a process of their own."""
 
     def start(
-        self, job: Any, output: str, reference: str, tmp_path: Path, **keys: Any
+        self, job: Any, output: str, references: tuple[str, ...], tmp_path: Path, **keys: Any
     ) -> subprocess.CompletedProcess[str]:
+        """``tuner run`` once for each of ``references``, one after the other."""
         config = tmp_path / "config.json"
-        config.write_text(json.dumps(job.config(output, resume_from_checkpoint=reference, **keys)))
+        config.write_text(json.dumps(job.config(output, **keys)))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(job.distribution), *sys.path])}
-        command = [sys.executable, "-m", "tuner", "run", "--config", str(config)]
+        command = [sys.executable, "-c", RUNS, str(config), *references]
         return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
     @pytest.fixture(scope="class")
@@ -265,29 +281,29 @@ class TestResume:
     ) -> None:
         hub.repositories["me/half"] = uploaded
         whole = job.run("hub-undisturbed")
-        done = self.start(job, "hub-resumed", "hub:me/half", tmp_path)
+        # The second time what was done here is not thrown away.
+        done = self.start(job, "hub-resumed", ("hub:me/half", "hub:me/half/checkpoint-3"), tmp_path)
         assert done.returncode == 0, done.stderr
+        assert done.stderr.count("exit code 0\n") == 2
+        assert "nothing to train" in done.stdout
         assert state_of(job.folder / "hub-resumed", 6) == state_of(whole, 6)
-        # The same command again: what was done here is not thrown away.
-        again = self.start(job, "hub-resumed", "hub:me/half/checkpoint-3", tmp_path, max_train_steps=6)
-        assert again.returncode == 0
-        assert "nothing to train" in again.stdout
 
     def test_what_is_damaged_or_not_there_is_one_error(
         self, job: Any, hub: Hub, uploaded: dict[str, bytes], tmp_path: Path
     ) -> None:
         [name] = [each for each in uploaded if each.endswith("pytorch_lora_weights.safetensors")]
         hub.repositories |= {"me/half": uploaded, "me/bad": uploaded | {name: b"cut"}}
-        for reference, words in (
-            ("hub:me/half/checkpoint-9", "has no checkpoint-9 on the hub"),
-            ("hub:me/none", "there is no repository me/none"),
-            ("hub:me/bad", "is missing or damaged"),
-        ):
-            done = self.start(job, "hub-refused", reference, tmp_path)
-            assert done.returncode == 2, reference
-            assert words in done.stderr
-            assert "Traceback" not in done.stderr
-            assert not list((job.folder / "hub-refused").glob("checkpoint-*"))
+        wrong = {
+            "hub:me/half/checkpoint-9": "has no checkpoint-9 on the hub",
+            "hub:me/none": "there is no repository me/none",
+            "hub:me/bad": "is missing or damaged",
+        }
+        done = self.start(job, "hub-refused", tuple(wrong), tmp_path)
+        for told, words in zip(done.stderr.split(ENDED)[:-1], wrong.values(), strict=True):
+            assert words in told
+            assert "exit code 2" in told
+            assert "Traceback" not in told
+        assert not list((job.folder / "hub-refused").glob("checkpoint-*"))
 
     @pytest.mark.parametrize("text", ["hub:me", "hub:a/b/c", "hub:a/b/checkpoint-x", "hub:"])
     def test_what_is_no_reference(self, text: str) -> None:

@@ -6,57 +6,58 @@ import json
 import subprocess
 import sys
 
-import pytest
+from typer.testing import CliRunner
 
+from tuner.cli import app
+from tuner.errors import TunerError
 from tuner.testing.plugin_env import environment
 
 ROUTES = {"routes": [{"selection_ratio": 0.5, "start_layer_idx": 1, "end_layer_idx": -2}]}
 PROGRAM = """
 import sys
 from tuner.cli import main
-sys.argv[1:] = ["run", "--config", {config!r}, *{flags!r}]
-try:
-    main()
-finally:
+for flags in {all_flags!r}:
+    sys.argv[1:] = ["run", "--config", {config!r}, *flags]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code
     print("imported:", *sorted(name for name in sys.modules if name.startswith("tuner_")))
 """
 
 
-def run(job, tmp_path, output, flags, **keys):
-    config = tmp_path / f"{output}.json"
-    config.write_text(json.dumps(job.config(output, max_train_steps=2, **keys)))
-    program = PROGRAM.format(config=str(config), flags=flags)
+def test_nothing_of_it_is_imported_but_its_entry_module(job, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(job.config("left-out", max_train_steps=1, tread_config=ROUTES)))
+    flags = [["--plugins", "toy"], ["--without", "tread", "--output_dir", str(job.folder / "left-out-too")]]
+    program = PROGRAM.format(config=str(config), all_flags=flags)
     env = environment(job.distribution, OMP_NUM_THREADS="1")
-    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("flags", [["--plugins", "toy"], ["--without", "tread"]])
-def test_nothing_of_it_is_imported_but_its_entry_module(job, tmp_path, state_of, flags):
-    done = run(job, tmp_path, "left-out" + flags[0], flags, tread_config=ROUTES)
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    imported = done.stdout.splitlines()[-1].split()[1:]
-    assert [name for name in imported if name.startswith("tuner_tread")] == ["tuner_tread"]
-    assert not [name for name in imported if "." in name]
-    assert "tread_config" in done.stdout  # the line that says what was set aside
-    assert "set aside" in done.stdout
+    found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("imported:")]
+    assert len(found) == len(flags)
+    for imported in found:
+        assert [name for name in imported if name.startswith("tuner_tread")] == ["tuner_tread"]
+        assert not [name for name in imported if "." in name]
+    told = [line for line in done.stdout.splitlines() if "tread_config" in line and "set aside" in line]
+    assert len(told) == len(flags)
 
 
-def test_a_config_that_never_names_it_is_trained_bit_equal(job, tmp_path, state_of, steps_of):
-    states = []
-    for output, flags, keys in [
-        ("named", ["--without", "tread"], {"tread_config": ROUTES}),
-        ("unnamed", [], {}),
-    ]:
-        done = run(job, tmp_path, output, flags, **keys)
-        assert done.returncode == 0, done.stderr
-        states.append((state_of(job.folder / output, 2), steps_of(job.folder / output)))
-    assert states[0] == states[1]
+def test_a_config_that_never_names_it_is_trained_bit_equal(job, state_of, steps_of):
+    named = job.run("named", max_train_steps=2, without=["tread"], tread_config=ROUTES)
+    unnamed = job.run("unnamed", max_train_steps=2)
+    assert state_of(named, 2) == state_of(unnamed, 2)
+    assert steps_of(named) == steps_of(unnamed)
 
 
 def test_a_key_that_saves_memory_is_not_set_aside_behind_the_users_back(job, tmp_path):
-    done = run(job, tmp_path, "memory", ["--plugins", "toy"], enable_group_offload=True)
-    assert done.returncode == 2
-    assert "enable_group_offload" in done.stderr
-    assert "--without offload" in done.stderr
-    done = run(job, tmp_path, "memory", ["--plugins", "toy", "--without", "offload"], enable_group_offload=True)
-    assert done.returncode == 0, done.stderr
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(job.config("memory", max_train_steps=1, enable_group_offload=True)))
+    command = ["run", "--config", str(config), "--plugins", "toy"]
+    with job.on_path():
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, TunerError)
+        assert "enable_group_offload" in str(refused.exception)
+        assert "--without offload" in str(refused.exception)
+        agreed = CliRunner().invoke(app, [*command, "--without", "offload"])
+        assert agreed.exception is None, agreed.exception
