@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tuner.model import Network, Stage, Transform
-from tuner_kernels import linears
+from tuner_kernels import feed_forward, linears
 from tuner_kernels.functions import GatedAdd, Norm, TurnedNorm
 
 TEXT_TOKENS = 512
@@ -57,6 +57,8 @@ def forward(self: Any, tokens: Tensor, text: Tensor, modulation: Tensor, rotary:
     del normed
     normed, tokens = _affine(self.norm2, tokens)
     tokens = tokens + _attend(self.attn2, normed, text, None).to(tokens.dtype)
+    if (matrices := feed_forward.applies(self.ffn, tokens)) is not None:
+        return feed_forward.apply(matrices, tokens, (1 + fed_scale, fed_shift, fed_gate), self.norm3.eps)
     normed, tokens = Norm.apply(tokens, 1 + fed_scale, fed_shift, self.norm3.eps)
     return GatedAdd.apply(tokens, self.ffn(normed), fed_gate)  # type: ignore[no-any-return]
 
