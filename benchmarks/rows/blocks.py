@@ -135,7 +135,23 @@ def step(made: Any, size: Size, given: tuple[Any, ...]) -> None:
     tokens = torch.empty(1, size.tokens, size.dim, dtype=torch.bfloat16).requires_grad_(True)
     with torch.autocast("cpu", torch.bfloat16):
         result = checkpoint(made, tokens, *given, use_reentrant=False)
-    result.backward(torch.empty_like(result))
+    end = _End.apply(result)
+    del result  # in a network it is the next block's input, which is gone when that block's backward is done
+    end.backward()
+
+
+class _End(torch.autograd.Function):
+    """What comes after the block: its backward makes the gradient of the block's result."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor) -> Tensor:
+        ctx.like = result.shape, result.dtype
+        return result.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype = ctx.like
+        return torch.empty(shape, dtype=dtype)
 
 
 def traffic(size: Size, way: Way) -> Traffic:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tuner_kernels import block, feed_forward
+from tuner.builtin.checkpointing.selective import Selective
+from tuner.testing.live_bytes import LiveBytes
+from tuner_kernels import block, eager, feed_forward, functions, recompute
 
 DIM, HEADS, WIDE, TOKENS, BATCH = 48, 4, 96, 40, 2
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -40,13 +43,15 @@ def make(targets: list[str], dtype: torch.dtype = torch.float32) -> WanTransform
     return made.train()
 
 
-def given(dtype: torch.dtype = torch.float32, *, timed: bool = False) -> tuple[Any, ...]:
+def given(
+    dtype: torch.dtype = torch.float32, *, timed: bool = False, tokens: int = TOKENS, text: int = 512
+) -> tuple[Any, ...]:
     torch.manual_seed(1)
-    angles = torch.randn(1, TOKENS, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
+    angles = torch.randn(1, tokens, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
     return (
-        torch.randn(BATCH, TOKENS, DIM, dtype=dtype),
-        torch.randn(BATCH, 512, DIM, dtype=dtype),
-        torch.randn(BATCH, TOKENS, 6, DIM) if timed else torch.randn(BATCH, 6, DIM),
+        torch.randn(BATCH, tokens, DIM, dtype=dtype),
+        torch.randn(BATCH, text, DIM, dtype=dtype),
+        torch.randn(BATCH, tokens, 6, DIM) if timed else torch.randn(BATCH, 6, DIM),
         (angles.cos(), angles.sin()),
     )
 
@@ -135,3 +140,64 @@ def test_a_second_forward_before_the_backwards() -> None:
         return plainly(made, tokens, *others) + plainly(made, tokens.flip(1), *others)
 
     assert_equal(outcome(made, inputs, once), outcome(made, inputs, twice), 1e-6)
+
+
+@pytest.fixture
+def as_kernels(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Torch's own operations in the place of the Triton kernels: what is done with those is done with them."""
+    rows = SimpleNamespace(**vars(eager))
+    monkeypatch.setattr(functions, "rows_of", lambda device: rows)
+    return rows
+
+
+def selectively(made: Any, *inputs: Any) -> Tensor:
+    policy = Selective()
+    computing, again = policy.contexts()
+    contexts = iter((computing, again))
+
+    def compute(*inputs: Any) -> Tensor:
+        with next(contexts):
+            return made(*inputs)
+
+    result = policy.run(lambda tokens: compute(tokens, *inputs[1:]), inputs[0])
+    assert policy.kept == 1
+    return result
+
+
+@pytest.mark.parametrize("run", [checkpointed, selectively])
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("targets", [ATTENTION, ["to_k"], ["ffn.net.2"]], ids=str)
+@pytest.mark.usefixtures("as_kernels")
+def test_what_attention_was_given_is_made_again(run: Callable[..., Tensor], targets: list[str], timed: bool) -> None:
+    """Queries, keys and normed rows are not kept: backward makes the very same ones."""
+    made, inputs = make(targets), given(timed=timed)
+    bound = ROUNDING[torch.float32] if "ffn.net.2" in targets else 0.0
+    assert_equal(outcome(made, inputs, plainly), outcome(made, inputs, run), bound)
+
+
+def held(made: Any, inputs: tuple[Any, ...], run: Callable[..., Tensor]) -> int:
+    """Most bytes at an instant of forward and backward."""
+    with LiveBytes() as live:
+        outcome(made, inputs, run)
+    return live.peak
+
+
+def test_a_checkpointed_block_holds_less(as_kernels: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By at least what it does not keep: intermediates of the feed-forward, normed rows, queries and keys."""
+    made, inputs = make(ATTENTION), given(tokens=1024, text=8)
+    unit = inputs[0].nbytes
+    monkeypatch.setattr(feed_forward, "PIECE_TOKENS", 128)
+    less = held(made, inputs, checkpointed)
+    for name in ("applies", "is_checkpointed"):
+        owner = feed_forward if name == "applies" else recompute
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    assert held(made, inputs, checkpointed) - less > 5 * unit
+
+
+def test_kept_tensors_are_given_to_all_who_ask_and_then_let_go() -> None:
+    rows = torch.randn(1, 3, 4, requires_grad=True)
+    kept, node = recompute.keep(rows, torch.ones(2))
+    first, second = recompute.taken(node), recompute.taken(node)
+    assert first is second
+    kept.sum().backward()
+    assert not hasattr(node, "taken")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tuner.model import Network, Stage, Transform
-from tuner_kernels import feed_forward, linears
+from tuner_kernels import feed_forward, linears, recompute
 from tuner_kernels.functions import GatedAdd, Norm, TurnedNorm
 
 TEXT_TOKENS = 512
@@ -88,7 +88,8 @@ def _attend(attention: Any, rows: Tensor, text: Tensor | None, rotary: tuple[Ten
     def attend(key: Tensor, value: Tensor, parallel: Any) -> Tensor:
         split = (each.unflatten(2, (attention.heads, -1)) for each in (query, key, value))
         backend = processor._attention_backend
-        found = dispatch_attention_fn(*split, backend=backend, parallel_config=parallel)
+        with recompute.made_again(query, key):
+            found = dispatch_attention_fn(*split, backend=backend, parallel_config=parallel)
         return found.flatten(2, 3).to(query.dtype)  # type: ignore[no-any-return]
 
     query, key = _normed(attention.norm_q, query, rotary), _normed(attention.norm_k, key, rotary)

@@ -34,10 +34,11 @@ def applies(module: nn.Module, rows: Tensor) -> list[linears.Parts] | None:
     It can where nothing else is in it than two plain matrices, with or without LoRA, and GELU, and where the block is
     computed again in backward: elsewhere keeping the intermediates is what was asked for.
     """
-    if not (recompute.is_checkpointed() and rows.requires_grad) or type(module) is not FeedForward:
+    graph = torch.is_grad_enabled() and rows.requires_grad and recompute.is_checkpointed()
+    if not graph or type(module) is not FeedForward:
         return None
-    parts: list[Any] = list(module.net)
-    first, dropout, second, *more = parts
+    net: Any = module.net
+    first, dropout, second, *more = net
     if more or type(first) is not GELU or first.approximate != "tanh" or (dropout.training and dropout.p):
         return None
     if not all(map(linears._is_bare, (module, first, dropout))):

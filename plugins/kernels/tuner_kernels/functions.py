@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from tuner_kernels import eager
+from tuner_kernels import eager, recompute
 from tuner_kernels.eager import Table
 
 
@@ -44,19 +44,27 @@ class Norm(Function):
         """See :func:`tuner_kernels.eager.norm`."""
         with torch.autocast(rows.device.type, enabled=False):
             normed, mean, inverse = rows_of(rows.device).norm(rows, weight, bias, eps)
-        ctx.save_for_backward(rows, weight, mean, inverse)
+        ctx.save_for_backward(rows, weight, bias, mean, inverse)
         ctx.set_materialize_grads(False)
+        ctx.eps, ctx.again = eps, _normed
         return normed, rows
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, gradient: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the rows alone."""
-        rows, weight, mean, inverse = ctx.saved_tensors
+        rows, weight, _, mean, inverse = recompute.taken(ctx)
+        recompute.forget(ctx)
         if gradient is None:
             return past, None, None, None
         with torch.autocast(rows.device.type, enabled=False):
             return rows_of(rows.device).norm_backward(gradient, rows, weight, mean, inverse, past), None, None, None
+
+
+def _normed(node: Any) -> Tensor:
+    rows, weight, bias, _, _ = recompute.taken(node)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows_of(rows.device).norm(rows, weight, bias, node.eps)[0]  # type: ignore[no-any-return]
 
 
 class TurnedNorm(Function):
@@ -66,20 +74,32 @@ class TurnedNorm(Function):
     def forward(ctx: Any, rows: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
         """See :func:`tuner_kernels.eager.turned_norm`."""
         table: Table | None = None if cos is None or sin is None else (cos, sin)
+        implementation = rows_of(rows.device)
         with torch.autocast(rows.device.type, enabled=False):
-            turned, inverse = rows_of(rows.device).turned_norm(rows, weight, table, eps)
+            turned, inverse = implementation.turned_norm(rows, weight, table, eps)
         ctx.save_for_backward(rows, weight, inverse, cos, sin)
+        ctx.eps = eps
+        if implementation is not eager:  # in torch's own operations to turn again would be a sixth of all traffic
+            ctx.again = _turned
         return turned  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator,unused-ignore]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the rows alone."""
-        rows, weight, inverse, cos, sin = ctx.saved_tensors
+        rows, weight, inverse, cos, sin = recompute.taken(ctx)
+        recompute.forget(ctx)
         table = None if cos is None else (cos, sin)
         with torch.autocast(rows.device.type, enabled=False):
             result = rows_of(rows.device).turned_norm_backward(gradient, rows, weight, inverse, table)
         return result, None, None, None, None
+
+
+def _turned(node: Any) -> Tensor:
+    rows, weight, _, cos, sin = recompute.taken(node)
+    table = None if cos is None else (cos, sin)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows_of(rows.device).turned_norm(rows, weight, table, node.eps)[0]  # type: ignore[no-any-return]
 
 
 class GatedAdd(Function):
@@ -128,7 +148,10 @@ class Linears(Function):
                     result.addmm_(own, up.T)
                 results.append(result.view(*rows.shape[:-1], -1))
         trained = any(ctx.needs_input_grad[2:])
-        ctx.save_for_backward(flat if trained else None, hidden if trained else None, down, *parts[0::4], *ups)
+        ctx.source = recompute.maker(rows)
+        ctx.save_for_backward(
+            flat if trained and ctx.source is None else None, hidden if trained else None, down, *parts[0::4], *ups
+        )
         ctx.scales, ctx.ranks, ctx.shape, ctx.kind = tuple(scales), ranks, rows.shape, rows.dtype
         return tuple(results)
 
@@ -150,6 +173,8 @@ class Linears(Function):
                 if up is not None:
                     inner.append(gradient @ up)
                 own.append(None if up is None or part is None else _product(gradient.T, part, scale))
+            if hidden is not None and ctx.source is not None:
+                flat = ctx.source.again(ctx.source).reshape(-1, ctx.shape[-1]).to(weights[0].dtype)
             down_gradients = _of_downs(inner, flat, down, into)
         found = iter(down_gradients)
         parts: list[Any] = []
