@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import typer
 
@@ -26,25 +27,28 @@ from tuner.cli import (
     run,
     sample,
 )
+from tuner.cli.completion import KeysAsFlags
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
     name="tuner",
     help="Fine-tune video diffusion models. Every config key is also a flag: --learning_rate 5e-5.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_KEYS_AS_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command("configure", context_settings=_KEYS_AS_FLAGS)(configure.configure)
-app.command("run", context_settings=_KEYS_AS_FLAGS)(run.run)
-app.command("train", context_settings=_KEYS_AS_FLAGS, hidden=True)(run.run)
-app.command("launch", context_settings=_KEYS_AS_FLAGS)(launch.launch)
-app.command("cache", context_settings=_KEYS_AS_FLAGS)(cache.cache)
-app.command("check", context_settings=_KEYS_AS_FLAGS)(check.check)
-app.command("plan", context_settings=_KEYS_AS_FLAGS)(plan.plan)
-app.command("sample", context_settings=_KEYS_AS_FLAGS)(sample.sample)
+_KEYS_AS_FLAGS: dict[str, Any] = {
+    "cls": KeysAsFlags,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+app.command("configure", **_KEYS_AS_FLAGS)(configure.configure)
+app.command("run", **_KEYS_AS_FLAGS)(run.run)
+app.command("train", **_KEYS_AS_FLAGS, hidden=True)(run.run)
+app.command("launch", **_KEYS_AS_FLAGS)(launch.launch)
+app.command("cache", **_KEYS_AS_FLAGS)(cache.cache)
+app.command("check", **_KEYS_AS_FLAGS)(check.check)
+app.command("plan", **_KEYS_AS_FLAGS)(plan.plan)
+app.command("sample", **_KEYS_AS_FLAGS)(sample.sample)
 app.command("import")(import_command.import_)
 app.command("convert")(convert.convert)
 app.command("merge")(merge.merge)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.cli.completion import plugin_names
+
 if TYPE_CHECKING:
     from tuner.assembly import Assembly
 
@@ -18,11 +20,20 @@ Config = Annotated[
 Plugins = Annotated[
     str | None,
     typer.Option(
-        "--plugins", help="Load exactly these plugins, comma-separated, beside the built-in ones.", show_default=False
+        "--plugins",
+        help="Load exactly these plugins, comma-separated, beside the built-in ones.",
+        show_default=False,
+        autocompletion=plugin_names,
     ),
 ]
 Without = Annotated[
-    list[str] | None, typer.Option("--without", help="Leave these plugins out, comma-separated.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--without",
+        help="Leave these plugins out, comma-separated.",
+        show_default=False,
+        autocompletion=plugin_names,
+    ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Make keys of plugins that are not loaded an error.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

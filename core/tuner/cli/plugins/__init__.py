@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import options
+from tuner.cli.completion import plugin_names
 from tuner.cli.plugins.check import check
 from tuner.cli.plugins.new import new
 
@@ -58,7 +59,10 @@ def _print_list(config: Path | None, plugins: str | None, without: list[str] | N
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Name of the plugin.")], debug: options.Debug = False) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the plugin.", autocompletion=plugin_names)],
+    debug: options.Debug = False,
+) -> None:
     """Show one plugin in full: what it does, requires, offers, its hooks and its keys."""
     from tuner.selection import Catalog
 

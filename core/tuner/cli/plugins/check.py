@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tuner.cli import options
+from tuner.cli.completion import plugin_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def check(
-    names: Annotated[list[str] | None, typer.Argument(help="Names of plugins; all of them when absent.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names of plugins; all of them when absent.", autocompletion=plugin_names)
+    ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Hold installed plugins to what every plugin is held to, and say what is wrong with which."""
