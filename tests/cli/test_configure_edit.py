@@ -48,6 +48,7 @@ def test_values_change_are_added_and_go_and_the_rest_stays_to_the_letter() -> No
     [
         "{}",
         '{"a": 1}',
+        '{"a": 1, "b": [2, {"a": 3}], "c": 4}',
         '{"a": 1,}',
         '{\n  "a": 1\n}',
         "/* { */ {a: 'x', // one\n}",
@@ -60,7 +61,8 @@ def test_values_change_are_added_and_go_and_the_rest_stays_to_the_letter() -> No
 def test_any_style_reads_back_as_expected(text: str, new: dict[str, Any]) -> None:
     at = container_at(text)
     old = json5.loads(text.removeprefix("\ufeff"))
-    assert json5.loads(changed(text, at, new).removeprefix("\ufeff")) == {**old, **new}
+    for why in ({}, dict.fromkeys(new, "because")):
+        assert json5.loads(changed(text, at, new, why=why).removeprefix("\ufeff")) == {**old, **new}
     rest = {key: value for key, value in old.items() if key != "a"}
     assert json5.loads(changed(text, at, {}, without=["a"]).removeprefix("\ufeff")) == rest
 

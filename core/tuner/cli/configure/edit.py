@@ -68,7 +68,10 @@ def changed(
         if name in values:
             tail = _tail(text, each.end)
             comma = "," if text[each.end : tail].lstrip().startswith(",") or each is not present[-1] or added else ""
-            text = text[: each.value] + written(values[name]) + comma + _comment(why.get(name)) + text[tail:]
+            comment, rest = _comment(why.get(name)), text[tail:]
+            if comment and rest.partition("\n")[0].strip():  # it must not swallow what follows in the line
+                comment, rest = f"{comment}\n{_indent(text, present, at)}", rest.lstrip(" ")
+            text = text[: each.value] + written(values[name]) + comma + comment + rest
         elif name in without:
             first = text.rfind("\n", 0, each.start) + 1
             first = first if not text[first : each.start].strip() else each.start
