@@ -51,7 +51,7 @@ def fill(root: Path, samples: int, bucket: Bucket) -> Encodings:
 def measure(cached: Encodings, batch_size: int, steps: int) -> tuple[float, float]:
     """(batches a second through the loader, batches a second of reading the files alone)."""
     plan = Plan(cached.samples, seed=0, batch_size=batch_size)
-    loader = Loader(cached, plan, seed=0, pin_memory=False)
+    loader = Loader(cached, plan, seed=0)
     try:
         loader.load(0, 0)
         began = time.perf_counter()

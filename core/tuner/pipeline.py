@@ -225,6 +225,7 @@ def _train(
         world=run.replica_count,
         seed=run.config.seed,
         caption_dropout=run.config.caption_dropout_probability,
+        device=engine.device,
     )
     manifest = output.manifest(assembly, found)
     backends = assembly.manager.registry("attention_backends", run)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from tuner.builtin.datasets.prepare import prepare
 from tuner.builtin.encoding.encodings import Encodings
 from tuner.builtin.encoding.fill import build_cache
 from tuner.builtin.epochs.plan import Plan
 from tuner.config.keys import CoreConfig
+from tuner.data import transfer
 from tuner.data.loader import Loader, collate_text
 from tuner.errors import DataError
 from tuner.run import Run
@@ -141,3 +144,87 @@ def test_text_of_unequal_length_and_scalars_are_collated() -> None:
     assert collated["states"].shape == (2, 5, 3)
     assert collated["states"].sum() == 21
     assert collated["n"].tolist() == [5, 2]
+
+
+class LateCopies:
+    """A device whose copies have landed only where someone has waited for them: before, they are NaN."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.queued: list[tuple[Tensor, Tensor]] = []
+        self.held: list[int] = []
+        self.inside = False
+        patch.setattr(transfer, "sent", lambda given, device: tree_map_only(Tensor, self.copy, given))
+        patch.setattr(torch.cuda, "Stream", lambda device: self)
+        patch.setattr(torch.cuda, "stream", lambda stream: self)
+        patch.setattr(torch.cuda, "current_stream", lambda device: self)
+        patch.setattr(Tensor, "record_stream", lambda tensor, stream: self.held.append(id(tensor)))
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = False
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        assert self.inside, "a copy on the stream that computes"
+        self.queued.append((torch.full_like(tensor, float("nan")), tensor))
+        return self.queued[-1][0]
+
+    def wait_stream(self, stream: LateCopies) -> None:
+        for target, source in stream.queued:
+            target.copy_(source)
+
+
+def test_batches_are_on_the_device_before_anything_computes_with_them(
+    cached: Encodings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(cached.samples, seed=1, batch_size=2)
+
+    def draw(step: int, positions: Sequence[int], latents: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return torch.rand(len(positions), generator=generator), torch.randn(latents.shape, generator=generator)
+
+    plain = Loader(cached, plan, seed=1)
+    plain.draw = draw
+    expected = [plain.load(step, 0) for step in range(3)]
+    plain.close()
+    late = LateCopies(monkeypatch)
+    loader = Loader(cached, plan, seed=1, device=torch.device("cuda"))
+    loader.draw = draw
+    for step in range(3):
+        loaded = loader.load(step, 0)
+        for name in ("latents", "noise", "sigmas"):
+            assert torch.equal(getattr(loaded, name), getattr(expected[step], name))
+        assert torch.equal(loaded.text["states"], expected[step].text["states"])
+        assert torch.equal(loaded.video["first_frame"], expected[step].video["first_frame"])
+        received = (loaded.latents, loaded.noise, *loaded.text.values(), *loaded.video.values())
+        assert {id(each) for each in received} <= {*late.held}, "memory that may be given away while it is read"
+    loader.close()
+    assert [each.noise is not None and each.sigmas is not None for each in expected] == [True] * 3
+
+
+def test_what_goes_wrong_in_drawing_reaches_the_step(cached: Encodings) -> None:
+    def draw(*_: object) -> tuple[Tensor, Tensor]:
+        raise ValueError("no noise today")
+
+    loader = Loader(cached, Plan(cached.samples, seed=1, batch_size=2), seed=1)
+    loader.draw = draw
+    with pytest.raises(ValueError, match="no noise today"):
+        loader.load(0, 0)
+    loader.close()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_equal_those_of_the_cpu(cached: Encodings) -> None:
+    plan = Plan(cached.samples, seed=1, batch_size=2)
+    ours, theirs = (Loader(cached, plan, seed=1, device=torch.device(each)) for each in ("cuda", "cpu"))
+    for step in range(6):
+        there, here = ours.load(step, 0), theirs.load(step, 0)
+        busy = torch.randn(2048, 2048, device="cuda")
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        assert there.latents.is_cuda
+        assert torch.equal(there.latents.cpu(), here.latents)
+        assert torch.equal(there.text["states"].cpu(), here.text["states"])
+    ours.close()
+    theirs.close()

@@ -1,10 +1,11 @@
-"""From the plan's micro-batch to collated CPU tensors, read ahead by one thread."""
+"""From the plan's micro-batch to collated tensors, noise drawn and on the device, made ahead by one thread."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,18 @@ from tuner import rng
 from tuner.data.cached import EMPTY_CAPTION, CachedData, Mask
 from tuner.data.order import MicroBatch, Order
 from tuner.data.samples import Dataset, Sample
+from tuner.data.transfer import Lane
 
 PURPOSE = "caption_dropout"
+OF_THE_DEVICE = ("latents", "text", "video", "mask", "noise")
+"""What of a batch only the device reads."""
+Draw = Callable[[int, Sequence[int], Tensor], tuple[Tensor, Tensor]]
+"""(step, positions, latents) -> noise levels (B,) and noise like the latents (B, C, F', h, w), on the CPU"""
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """One micro-batch on the CPU (pinned where there is a CUDA device). B samples."""
+    """One micro-batch, on the CPU or, but for what the host reads, on the loader's CUDA device. B samples."""
 
     latents: Tensor
     """(B, C, F', h, w)"""
@@ -40,6 +46,14 @@ class LoadedBatch:
     """(B, S) bool: tokens under a mask, none for samples without; None where no sample has a mask"""
     regularisation: tuple[bool, ...] = ()
     """which samples hold the model to its base"""
+    sigmas: Tensor | None = None
+    """(B,) float32 on the CPU; None where the loader draws nothing"""
+    noise: Tensor | None = None
+    """like ``latents``; None where the loader draws nothing"""
+
+    def named(self, *names: str) -> dict[str, Any]:
+        """Those of its fields."""
+        return {name: getattr(self, name) for name in names}
 
 
 class Loader:
@@ -54,17 +68,19 @@ class Loader:
         world: int = 1,
         seed: int,
         caption_dropout: float = 0.0,
-        pin_memory: bool | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Load for process ``rank`` of ``world``.
 
         Arguments
             caption_dropout: probability that a sample is trained with the empty caption, where its dataset says none.
-            pin_memory: put batches into page-locked memory; where there is a CUDA device when None.
+            device: where batches go, on a stream of their own, where that is a GPU.
         """
         self.cached, self.plan, self.rank, self.world = cached, plan, rank, world
         self.seed, self.caption_dropout = seed, caption_dropout
-        self._pin = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.draw: Draw | None = None
+        """Who draws the noise, while the step before is computed; set by whoever trains."""
+        self._lane = Lane(device) if device is not None and device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[tuple[int, int], Future[LoadedBatch]] | None = None
 
@@ -76,6 +92,8 @@ class Loader:
         wanted = (step, slot)
         future = self._ahead[1] if self._ahead and self._ahead[0] == wanted else self._submit(wanted)
         loaded = future.result()
+        if self._lane is not None:
+            self._lane.receive(loaded.named(*OF_THE_DEVICE))
         following = self._after(step, slot)
         self._ahead = (following, self._submit(following))
         return loaded
@@ -96,21 +114,21 @@ class Loader:
         micro = self.plan.micro_batches(step)[slot]
         captions = self._captions(micro, step)
         clips = [self.cached.video(sample, view) for sample, view in zip(micro.samples, micro.views, strict=True)]
-        video = {name: self._pinned(torch.stack([clip[name] for clip in clips])) for name in clips[0]}
-        text = {name: self._pinned(tensor) for name, tensor in collate_text([*map(self.cached.text, captions)]).items()}
-        latents = video.pop("latents")
-        masks = self._masks(micro)
+        video = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
+        latents, masks = video.pop("latents"), self._masks(micro)
+        text = collate_text([*map(self.cached.text, captions)])
+        mask = self._stacked([None if each is None else each.weights for each in masks], absent=1)
+        sigmas, noise = (None, None) if self.draw is None else self.draw(step, micro.positions, latents)
+        moving: dict[str, Any] = dict(zip(OF_THE_DEVICE, (latents, text, video, mask, noise), strict=True))
         return LoadedBatch(
-            latents=latents,
-            text=text,
-            video=video,
+            **(moving if self._lane is None else self._lane.send(moving)),
             sample_ids=tuple(sample.sample_id for sample in micro.samples),
             positions=micro.positions,
             captions=captions,
             keep_at_least=max((int(each.forced.sum()) for each in masks if each is not None), default=0),
-            mask=self._stacked([None if each is None else each.weights for each in masks], absent=1),
             forced=self._stacked([None if each is None else each.forced for each in masks], absent=0),
             regularisation=tuple(self._dataset(sample).regularisation for sample in micro.samples),
+            sigmas=sigmas,
         )
 
     def _masks(self, micro: MicroBatch) -> list[Mask | None]:
@@ -122,7 +140,7 @@ class Loader:
         if present is None:
             return None
         filler = torch.full_like(present, absent)
-        return self._pinned(torch.stack([filler if tensor is None else tensor for tensor in tensors]))
+        return torch.stack([filler if tensor is None else tensor for tensor in tensors])
 
     def _dataset(self, sample: Sample) -> Dataset:
         """What holds for the sample's dataset; a plan made from samples alone has none."""
@@ -138,9 +156,6 @@ class Loader:
 
         turns = zip(micro.samples, micro.captions, micro.positions, strict=True)
         return tuple(EMPTY_CAPTION if dropped(sample, position) else caption for sample, caption, position in turns)
-
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self._pin else tensor
 
 
 def collate_text(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

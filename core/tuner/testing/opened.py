@@ -40,7 +40,8 @@ def opened(
         transforms.prepare(run, network, edits)
     plan = hook.plan_epochs(run=run, spec=found.spec, data=cached.prepared, processes=world)
     dropout = run.config.caption_dropout_probability
-    loader = Loader(cached, plan, rank=rank, world=world, seed=run.config.seed, caption_dropout=dropout)
+    own = {"rank": rank, "world": world, "device": engine.device}
+    loader = Loader(cached, plan, **own, seed=run.config.seed, caption_dropout=dropout)
     try:
         yield Session(run, assembly.manager, model, engine, plan, loader, found.total, {})
     finally:

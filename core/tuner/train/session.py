@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tuner import variants
+from tuner import flow, variants
 from tuner.attention import Attention
 from tuner.attention_switch import set_backend
 from tuner.blocks import StepContext
@@ -20,7 +20,7 @@ from tuner.train.engine import Engine
 from tuner.train.turns import Turns, hand_over
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -66,6 +66,7 @@ class Session:
         names = tuple(network.name for network in self.trained)
         self.turns = Turns(names, self.model.spec.switch_steps or max(1, self.total))
         self.unchecked.update(names)
+        self.loader.draw = self.draw
         for name, network in self.model.networks.items():
             if network.adapter is not None:
                 made = optimizers.make(self.run, network.adapter.groups, self.engine.device)
@@ -89,6 +90,13 @@ class Session:
             hand_over(self.model.networks.get(self._resident or ""), network, self.engine.device)
         self.model.active = self._resident = name
         return network
+
+    def draw(self, step: int, positions: Sequence[int], latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise levels (B,) and noise of ``latents`` (B, C, F', h, w) in ``step``, as its network has them."""
+        spec = self.model.networks[self.turns.at(step)].spec
+        tokens = spec.tokens(*latents.shape[2:])
+        where: dict[str, Any] = {"step": step, "positions": positions, "latents": latents}
+        return flow.draw(self.run.config, **where, tokens=tokens, sigma_range=spec.sigma_range)
 
     def learning_rate(self, network: str) -> float:
         """The base learning rate of this step, by the network's own count of steps."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tuner import flow, processes, rng
-from tuner.data.loader import LoadedBatch
+from tuner.data.loader import OF_THE_DEVICE, LoadedBatch
 from tuner.data.transfer import sent
 from tuner.errors import FailedElsewhere, TrainingError
 from tuner.model import Batch, Loss, Network
@@ -79,7 +79,7 @@ def train_step(session: Session) -> StepResult:
     sum_over_processes([each for each in optimizers.parameters(optimizer) if not is_sharded(each)], total)
     norm = clip_gradients(session) if release is None else release.finish()
     with session.timed("device"):
-        value, norm_value, *measured = _read([total, norm, *metrics.values()])
+        value, norm_value, *measured = _read(total, norm, *metrics.values())
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.skipped = 0
@@ -98,14 +98,10 @@ def train_step(session: Session) -> StepResult:
     return StepResult(value, norm_value, rate, samples, not finite, dict(zip(metrics, measured, strict=True)))
 
 
-def _read(scalars: Sequence[Tensor]) -> list[float]:
-    """The values of ``scalars``, with one read of each device that they are on."""
-    values: dict[int, float] = {}
-    for device in {each.device for each in scalars}:
-        alike = [index for index, each in enumerate(scalars) if each.device == device]
-        read = torch.stack([scalars[index].detach().float().squeeze() for index in alike]).tolist()
-        values |= dict(zip(alike, read, strict=True))
-    return [values[index] for index in range(len(scalars))]
+def _read(total: Tensor, *scalars: Tensor) -> list[float]:
+    """The values of all, in one read; to send a number that is not on the device takes no page-locked copy."""
+    there = [each.detach().to(total, non_blocking=True).squeeze() for each in scalars]
+    return torch.stack([total, *there]).tolist()  # type: ignore[no-any-return]
 
 
 def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple[int, bool]]:
@@ -122,39 +118,21 @@ def _slots(session: Session, network: Network, micro_batches: int) -> list[tuple
 
 def make_batch(session: Session, loaded: LoadedBatch) -> Batch:
     """A loaded batch on the device, with the noise, times and target drawn by the core."""
-    device, network = session.engine.device, session.model.network
-    drawn, noise = flow.draw(
-        session.run.config,
-        step=session.run.step,
-        positions=loaded.positions,
-        latents=loaded.latents,
-        tokens=network.spec.tokens(*loaded.latents.shape[2:]),
-        sigma_range=network.spec.sigma_range,
-    )
-    latents, sigmas, noise = (sent(each, device) for each in (loaded.latents, drawn, noise))
-    noisy, target = flow.mix(latents, noise, sigmas)
+    if loaded.noise is None:
+        sigmas, noise = session.draw(session.run.step, loaded.positions, loaded.latents)
+        loaded = replace(loaded, sigmas=sigmas, noise=noise)
     forced, keep_at_least = loaded.forced, loaded.keep_at_least
-    own = session.model.forced_tokens((latents.shape[2], latents.shape[3], latents.shape[4]))
+    samples, _, *grid = loaded.latents.shape
+    own = session.model.forced_tokens((grid[0], grid[1], grid[2]))
     if own is not None:
         # Counted on the CPU, where the masks still are: nothing waits for the device.
-        forced = own.expand(len(latents), -1) if forced is None else forced | own
+        forced = own.expand(samples, -1) if forced is None else forced | own
         keep_at_least = int(forced.sum(1).max())
-    return Batch(
-        latents=latents,
-        text={name: sent(tensor, device) for name, tensor in loaded.text.items()},
-        video={name: sent(tensor, device) for name, tensor in loaded.video.items()},
-        sample_ids=loaded.sample_ids,
-        positions=loaded.positions,
-        sigmas=sigmas,
-        noise=noise,
-        noisy=noisy,
-        target=target,
-        keep_at_least=keep_at_least,
-        mask=None if loaded.mask is None else sent(loaded.mask, device),
-        forced=None if forced is None else sent(forced, device),
-        regularisation=loaded.regularisation,
-        levels=tuple(drawn.tolist()),
-    )
+    there = sent({**loaded.named(*OF_THE_DEVICE, "sigmas"), "forced": forced}, session.engine.device)
+    noisy, target = flow.mix(there["latents"], there["noise"], there["sigmas"])
+    facts = loaded.named("sample_ids", "positions", "regularisation")
+    levels = tuple(loaded.sigmas.tolist()) if loaded.sigmas is not None else ()
+    return Batch(**there, **facts, noisy=noisy, target=target, keep_at_least=keep_at_least, levels=levels)
 
 
 def _loss(session: Session, batch: Batch, slot: int) -> Loss:
