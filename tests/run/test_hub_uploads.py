@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from tuner.assembly import assemble
 from tuner.builtin.hub import uploads
-from tuner.errors import ConfigError
+from tuner.errors import CheckpointError, ConfigError
 from tuner.testing.hub import Hub
 from tuner.train.checkpoint import read_manifest
 
@@ -292,11 +293,13 @@ class TestResume:
         self, job: Any, hub: Hub, uploaded: dict[str, bytes], tmp_path: Path
     ) -> None:
         [name] = [each for each in uploaded if each.endswith("pytorch_lora_weights.safetensors")]
-        hub.repositories |= {"me/half": uploaded, "me/bad": uploaded | {name: b"cut"}}
+        hub.repositories |= {"me/half": uploaded, "me/bad": uploaded | {name: b"cut"}, "me/gated": uploaded}
+        hub.gated = ("me/gated",)
         wrong = {
             "hub:me/half/checkpoint-9": "has no checkpoint-9 on the hub",
             "hub:me/none": "there is no repository me/none",
             "hub:me/bad": "is missing or damaged",
+            "hub:me/gated": "me/gated is gated, and this machine's login may not read it",
         }
         done = self.start(job, "hub-refused", tuple(wrong), tmp_path)
         for told, words in zip(done.stderr.split(ENDED)[:-1], wrong.values(), strict=True):
@@ -304,6 +307,14 @@ class TestResume:
             assert "exit code 2" in told
             assert "Traceback" not in told
         assert not list((job.folder / "hub-refused").glob("checkpoint-*"))
+
+    def test_offline_is_said_with_the_variable(self, tmp_path: Path) -> None:
+        from tuner.builtin.hub.fetch import fetch
+
+        run: Any = SimpleNamespace(output_dir=tmp_path, log=logging.getLogger("tuner"))
+        with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):  # all tests are offline
+            fetch(run, "hub:me/half")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("text", ["hub:me", "hub:a/b/c", "hub:a/b/checkpoint-x", "hub:"])
     def test_what_is_no_reference(self, text: str) -> None:

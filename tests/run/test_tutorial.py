@@ -41,13 +41,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_measures_how_far_the_weights_moved_and_goes_on_after_a_resume(job, site) -> None:
     keys = {"drift_interval": 2, "checkpoint_step_interval": 3, "resume_from_checkpoint": "latest"}
     with importable(job.distribution, site):
-        whole = assemble(job.config("whole", **keys, max_train_steps=4))
+        whole = assemble(job.config("drift-whole", **keys, max_train_steps=4))
         assert whole.found["drift"].package == "tuner-drift"
         pipeline.run(whole)
         for steps in (3, 4):
-            pipeline.run(assemble(job.config("halves", **keys, max_train_steps=steps)))
-        assert "drift" not in assemble(job.config("without")).plugins
-    logs = [measured(job.folder / name) for name in ("whole", "halves")]
+            pipeline.run(assemble(job.config("drift-halves", **keys, max_train_steps=steps)))
+        assert "drift" not in assemble(job.config("drift-without")).plugins
+    logs = [measured(job.folder / name) for name in ("drift-whole", "drift-halves")]
     assert sorted(logs[0]) == [2, 4]
     assert all(0 < distance < math.inf for distance in logs[0].values())
     assert logs[0] == logs[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 
 import pytest
 from safetensors.torch import load_file
@@ -169,3 +170,14 @@ def test_a_missing_dataset_folder_is_one_error(job):
     config[0]["instance_data_dir"] = "/nowhere/at/all"
     with pytest.raises((ConfigError, DataError), match="/nowhere/at/all"):
         job.run("bad-data", data_backend_config=config)
+
+
+def test_no_connection_is_opened(job, monkeypatch):
+    """A run from local files needs no network, and asks for none."""
+    asked = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda self, address: asked.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *words, **named: asked.append(words))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    job.run("alone", max_train_steps=1)
+    assert asked == []
