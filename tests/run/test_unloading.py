@@ -44,15 +44,15 @@ def test_nothing_of_it_is_imported_but_its_entry_module(job, tmp_path):
 
 
 def test_a_config_that_never_names_it_is_trained_bit_equal(job, state_of, steps_of):
-    named = job.run("named", max_train_steps=2, without=["tread"], tread_config=ROUTES)
-    unnamed = job.run("unnamed", max_train_steps=2)
+    named = job.run("tread-named", max_train_steps=2, without=["tread"], tread_config=ROUTES)
+    unnamed = job.run("tread-unnamed", max_train_steps=2)
     assert state_of(named, 2) == state_of(unnamed, 2)
     assert steps_of(named) == steps_of(unnamed)
 
 
 def test_a_key_that_saves_memory_is_not_set_aside_behind_the_users_back(job, tmp_path):
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(job.config("memory", max_train_steps=1, enable_group_offload=True)))
+    config.write_text(json.dumps(job.config("tread-memory", max_train_steps=1, enable_group_offload=True)))
     command = ["run", "--config", str(config), "--plugins", "toy"]
     with job.on_path():
         refused = CliRunner().invoke(app, command)
