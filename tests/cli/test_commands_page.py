@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import typer
 
 from tuner.cli import app
+from tuner.cli.lazy import COMMANDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
 
@@ -34,5 +37,17 @@ def test_train_is_run() -> None:
     assert [each.name for each in group.commands["train"].params] == [
         each.name for each in group.commands["run"].params
     ]
-    registered = {each.name: each.callback for each in app.registered_commands}
-    assert registered["train"] is registered["run"]
+    assert COMMANDS["train"].target == COMMANDS["run"].target
+
+
+def test_help_has_a_line_for_each_and_imports_none() -> None:
+    code = (
+        "import sys\nfrom tuner.cli import main\nsys.argv = ['tuner', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(*(name for name in sys.modules if name.startswith('tuner.cli.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert set(lines[-1].split()) == {"tuner.cli.lazy", "tuner.cli.completion"}
+    for name, entry in COMMANDS.items():
+        assert entry.hidden or any(line.split() == [name, *entry.summary.split()] for line in lines), name

@@ -4,60 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 import typer
 
 from tuner import processes
-from tuner.cli import (
-    cache,
-    check,
-    config_command,
-    configure,
-    convert,
-    doctor,
-    extract,
-    import_command,
-    inspect,
-    launch,
-    merge,
-    plan,
-    plugins,
-    report_command,
-    run,
-    sample,
-)
-from tuner.cli.completion import KeysAsFlags
+from tuner.cli.lazy import LazyGroup
 from tuner.errors import FailedElsewhere, Stopped, TunerError
 
 app = typer.Typer(
     name="tuner",
+    cls=LazyGroup,
     help="Fine-tune video diffusion models. Every config key is also a flag: --learning_rate 5e-5.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-_KEYS_AS_FLAGS: dict[str, Any] = {
-    "cls": KeysAsFlags,
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-}
-app.command("configure", **_KEYS_AS_FLAGS)(configure.configure)
-app.command("run", **_KEYS_AS_FLAGS)(run.run)
-app.command("train", **_KEYS_AS_FLAGS, hidden=True)(run.run)
-app.command("launch", **_KEYS_AS_FLAGS)(launch.launch)
-app.command("cache", **_KEYS_AS_FLAGS)(cache.cache)
-app.command("check", **_KEYS_AS_FLAGS)(check.check)
-app.command("plan", **_KEYS_AS_FLAGS)(plan.plan)
-app.command("sample", **_KEYS_AS_FLAGS)(sample.sample)
-app.command("import")(import_command.import_)
-app.command("convert")(convert.convert)
-app.command("merge")(merge.merge)
-app.command("extract")(extract.extract)
-app.command("inspect")(inspect.inspect)
-app.command("report")(report_command.report)
-app.command("doctor")(doctor.doctor)
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(config_command.app, name="config")
 
 
 def _print_version(asked: bool) -> None:
