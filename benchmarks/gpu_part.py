@@ -62,8 +62,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)) + "\n"
 
 
-def page(part: ModuleType, done: Sequence[Result]) -> str:
-    """The rows, and how they stand to their goals."""
+def page(part: ModuleType, done: Sequence[Result], *, smoke: bool = False) -> str:
+    """The rows, and how they stand to their goals, which tiny sizes have none of."""
     columns = [name for name in part.COLUMNS if any(name in each.figures for each in done)]
     lines = [[each.row.name, *(shown(each.figures.get(name)) for name in columns), shown(each.note)] for each in done]
     text = table(["row", *columns, "note"], lines)
@@ -71,6 +71,7 @@ def page(part: ModuleType, done: Sequence[Result]) -> str:
         [each.row.name, name, shown(value), shown(float(goal)), "held" if held else "missed"]
         for each in done
         for name, value, goal, held in verdicts(each)
+        if not smoke
     ]
     if goals:
         text += f"\nGoals, for an H100:\n\n{table(['row', 'figure', 'measured', 'goal', ''], goals)}"
@@ -86,8 +87,8 @@ def append(file: Path, record: dict[str, Any]) -> None:
         os.fsync(out.fileno())
 
 
-def run(name: str, folder: Path, budget: float, *, smoke: bool, command: Sequence[str]) -> bool:
-    """Measure part ``name``; whether no row failed."""
+def run(name: str, folder: Path, budget: float, *, smoke: bool, command: Sequence[str], only: str = "") -> bool:
+    """Measure the rows of part ``name`` that have ``only`` in their names; whether none failed."""
     until = time.time() + budget
     module, title = PARTS[name]
     part = import_module(module)
@@ -97,15 +98,15 @@ def run(name: str, folder: Path, budget: float, *, smoke: bool, command: Sequenc
         top += "\nTiny sizes, to try the code: these figures say nothing of any network.\n"
     append(folder / f"gpu-{name}.jsonl", {"part": name, **made, "versions": versions(), "command": list(command)})
     done: list[Result] = []
-    for result in results(part.rows(smoke), until, isolated=not smoke):
+    for result in results([each for each in part.rows(smoke) if only in each.name], until, isolated=not smoke):
         done.append(result)
         record = {"part": name, **made, **result.record()}
         append(folder / f"gpu-{name}.jsonl", record)
         print(json.dumps(record), flush=True)
-        write(folder / f"gpu-{name}.md", f"{top}\n{page(part, done)}")
+        write(folder / f"gpu-{name}.md", f"{top}\n{page(part, done, smoke=smoke)}")
         if hasattr(part, "summary"):
             write(folder / f"gpu-{name}.json", json.dumps(part.summary(done, device().split(",")[0]), indent=2) + "\n")
-    print(f"\n{page(part, done)}", flush=True)
+    print(f"\n{page(part, done, smoke=smoke)}", flush=True)
     return not any(each.failed for each in done)
 
 
@@ -116,12 +117,14 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, default=Path("docs/benchmarks"), help="folder for what is written")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no row is begun")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, all rows in this process, any machine")
+    parser.add_argument("--only", default="", help="measure the rows with this in their names alone")
     options = parser.parse_args()
     if not options.smoke and device().startswith(NONE):
         parser.error("there is no GPU here (nvidia-smi finds none): --smoke runs anywhere")
     logging.getLogger("tuner").setLevel(logging.ERROR)
     command = ["python", *sys.argv]
-    sys.exit(not run(options.part, options.pages, options.budget, smoke=options.smoke, command=command))
+    how = {"smoke": options.smoke, "command": command, "only": options.only}
+    sys.exit(not run(options.part, options.pages, options.budget, **how))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Everything is what a run has: the config and its plugins, materialising with their sinks (a quantiser, an offloader's
 masters), LoRA, the session, the optimizer step with its guards. Only the family's reading of files is replaced, by
-random weights, and the cache of encodings, by one batch of the shape that it would give.
+random weights, and the cache of encodings, by one clip of the shape that it would give.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tuner.blocks import install
 from tuner.builtin.planner.cards import of_device
 from tuner.builtin.planner.memory import CONTEXT, Memory, predict
 from tuner.builtin.planner.speed import step_seconds
-from tuner.data.loader import LoadedBatch
+from tuner.data.loader import Loader
 from tuner.data.order import MicroBatch
-from tuner.data.samples import Bucket, Sample
+from tuner.data.samples import Bucket, Dataset, Sample
 from tuner.model import Model, Network
 from tuner.run import Run
 from tuner.spec import ModelSpec, NetworkSpec
@@ -80,6 +80,8 @@ class Result:
     """what CUDA took beside that"""
     note: str = ""
     """why there are no seconds"""
+    work: Workload | None = None
+    """what a step computes and holds, by the loaded plugins"""
 
 
 # The run
@@ -101,20 +103,26 @@ class Order:
         return [self._batch]
 
 
-class Loader:
-    """Gives the same latents (1, C, F', h, w) and text (1, L, D) every time, from pinned memory as the real one."""
+class Cache:
+    """Gives the same latents (C, F', h, w) and text (L, D) every time, as a cache gives what it has read."""
+
+    datasets: Mapping[str, Dataset] = {}
 
     def __init__(self, spec: ModelSpec, network: NetworkSpec, case: Case, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
-        latents = torch.randn(1, *spec.latents.shape(*case.shape))
-        states = torch.randn(1, network.text_tokens, network.text_dim).to(dtype)
-        if torch.cuda.is_available():
-            latents, states = latents.pin_memory(), states.pin_memory()
-        self._batch = LoadedBatch(latents, {"states": states}, {}, ("clip",), (0,), ("",))
+        self._latents = torch.randn(spec.latents.shape(*case.shape))
+        self._states = torch.randn(network.text_tokens, network.text_dim).to(dtype)
 
-    def load(self, step: int, slot: int) -> LoadedBatch:
-        """The batch."""
-        return self._batch
+    def text(self, caption: str) -> dict[str, Tensor]:
+        """Whatever the caption."""
+        return {"states": self._states}
+
+    def video(self, sample: Sample, view: int = 0) -> dict[str, Tensor]:
+        """Whatever the sample."""
+        return {"latents": self._latents}
+
+    def mask(self, sample: Sample, view: int = 0) -> None:
+        """There is none."""
 
 
 def settings(case: Case, folder: Path) -> dict[str, Any]:
@@ -220,8 +228,9 @@ def opened(case: Case, assembly: Assembly, run: Run, spec: ModelSpec) -> Session
         transforms.prepare(run, network, edits)
     backends = assembly.manager.registry("attention_backends", run)
     kernels = attention.choose(run.config.attention_mechanism, run.config.attention_usage, backends)
-    loader: Any = Loader(spec, spec.networks[0], case, run.dtype)
+    cache: Any = Cache(spec, spec.networks[0], case, run.dtype)
     order: Any = Order(Bucket(*case.shape))
+    loader = Loader(cache, order, seed=run.config.seed, device=engine.device)
     session = Session(run, assembly.manager, model, engine, order, loader, run.total_steps, {}, kernels)
     hook.on_train_start(run=run, model=model)
     return session
@@ -244,20 +253,20 @@ def timed(session: Session) -> float:
     return float(start.elapsed_time(end)) / 1000
 
 
-def steps(session: Session, number: int, until: float) -> tuple[float, ...]:
+def steps(session: Session, number: int, until: float, warm_up: int = WARM_UP) -> tuple[float, ...]:
     """Seconds of ``number`` steps after the warm-up, or of fewer where the clock (``time.time``) is past ``until``."""
     seconds: list[float] = []
-    for done in range(WARM_UP + number):
+    for done in range(warm_up + number):
         if len(seconds) >= FEWEST and time.time() > until:
             break
         took = timed(session)
         session.run.step += 1
-        if done >= WARM_UP:
+        if done >= warm_up:
             seconds.append(took)
     return tuple(seconds)
 
 
-def measure(case: Case, number: int, until: float) -> Result:
+def measure(case: Case, number: int, until: float, warm_up: int = WARM_UP) -> Result:
     """Train ``number`` steps of ``case``. Out of memory, and what the card cannot hold, come back as notes."""
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +274,7 @@ def measure(case: Case, number: int, until: float) -> Result:
         run, spec, work = described(case, assembly)
         cuda = torch.cuda.is_available()
         memory = predict(work)
-        result = Result(case, work.tokens, memory.on_device - CONTEXT, _expected(work) if cuda else None)
+        result = Result(case, work.tokens, memory.on_device - CONTEXT, _expected(work) if cuda else None, work=work)
         if cuda and (refusal := _limited(case, memory)):
             return replace(result, note=refusal)
         try:
@@ -274,7 +283,8 @@ def measure(case: Case, number: int, until: float) -> Result:
             if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            result = replace(result, seconds=steps(session, number, until), loading=loading)
+            result = replace(result, seconds=steps(session, number, until, warm_up), loading=loading)
+            session.loader.close()
         except torch.OutOfMemoryError as error:
             result = replace(result, note=f"out of memory: {str(error).splitlines()[0]}")
         finally:

@@ -20,6 +20,7 @@ HEAD = 128
 ATTENTION_BACKWARD = 2.5
 """Times the forward's FLOP: five products for two (arXiv:2307.08691)."""
 SQUARE = 8192
+COPIES = ("host to device", "device to host", "device")
 BACKENDS = ("cudnn", "flash", "efficient", "default")
 KERNELS = {
     "cudnn": "CUDNN_ATTENTION",
@@ -36,7 +37,7 @@ def device() -> torch.device:
 
 
 def seconds_of(work: Callable[[], object], least: float = 0.3) -> float:
-    """Median seconds of ``work``, which is done for at least ``least`` seconds after a warm-up, the device waited for."""
+    """Median seconds of ``work``, done for at least ``least`` seconds after a warm-up; the device is waited for."""
     work()
     timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=least).median)

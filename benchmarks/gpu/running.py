@@ -13,7 +13,7 @@ GRACE = 20.0
 """Seconds that a row may go on after the budget; then its process is ended."""
 
 
-class Skipped(Exception):  # noqa: N818
+class Skipped(Exception):
     """A row that this machine or this version has nothing for. The text says why."""
 
 
@@ -33,7 +33,7 @@ class Row:
     """Figure -> the most that it should be on an H100, or the least if the name is one of ``LEAST``."""
 
 
-LEAST = frozenset({"captions_per_second", "cosine", "times_bf16", "times_unrouted"})
+LEAST = frozenset({"captions_per_second", "cosine", "times_bf16", "times_unrouted", "times_full", "times_streaming"})
 """Figures of which more is better."""
 
 
@@ -60,7 +60,7 @@ class Result:
 
 
 def measured(row: Row) -> Result:
-    """``row`` in this process. Whatever goes wrong comes back as a note: the other rows have their turn all the same."""
+    """``row`` in this process. Whatever goes wrong comes back as a note: the others have their turn all the same."""
     began = time.time()
     try:
         figures, note = dict(row.measure(*row.arguments)), ""
