@@ -10,7 +10,8 @@ from hypothesis import settings
 # Set while collecting, before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-for _setting in ("TRAINER_EXTRA_ARGS", "WAN_FEED_FORWARD_CHUNK_SIZE"):
+# The last one: without compiled modules each of a few hundred processes would compile ours anew.
+for _setting in ("TRAINER_EXTRA_ARGS", "WAN_FEED_FORWARD_CHUNK_SIZE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(_setting, None)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -75,9 +75,12 @@ def discover() -> dict[str, Found]:
         name: Found(name, EntryPoint(name, target, GROUP), DISTRIBUTION, __version__, builtin=True)
         for name, target in BUILTINS.items()
     }
+    packages: dict[int, tuple[str, str]] = {}  # each reading of a name parses the package's metadata anew
     for entry in sorted(entry_points(group=GROUP), key=lambda each: (each.name, each.value)):
         package = entry.dist
-        this = Found(entry.name, entry, package.name if package else "unknown", package.version if package else "?")
+        if package and id(package) not in packages:
+            packages[id(package)] = (package.name, package.version)
+        this = Found(entry.name, entry, *packages.get(id(package), ("unknown", "?")))
         if other := found.get(this.name):
             raise PluginError(
                 f"two packages have a plugin named {this.name!r}: {other.source} and {this.source}",

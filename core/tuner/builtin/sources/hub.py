@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from tuner.builtin.sources.hub_download import download
-from tuner.builtin.sources.hub_tables import gather_tables
 from tuner.builtin.sources.keys import HubKeys
 from tuner.builtin.sources.mirror import found_at
 from tuner.builtin.sources.rows import Gathered, listing_of
@@ -31,6 +29,9 @@ class HubSource:
 
     def listing(self, request: Request) -> Listing:
         """The files, downloaded, with the captions that tables have. Raises ConfigError or DataError."""
+        from tuner.builtin.sources.hub_download import download
+        from tuner.builtin.sources.hub_tables import gather_tables
+
         keys = cast("HubKeys", request.keys)
         suffixes = [*request.suffixes, ".txt", *TABLES]
         folder, notes = download(keys, suffixes, show_progress=request.show_progress)
