@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tuner.builtin.encoding import reading
 from tuner.builtin.encoding.store import Store, make_key
 from tuner.errors import ConfigError, DataError
 
@@ -157,3 +158,30 @@ def test_the_benchmark_of_the_cache_still_runs(tmp_path: Path) -> None:
     spec.loader.exec_module(benchmark)
     assert benchmark.starts(tmp_path, entries=3, numbers=10).row_count == 3
     assert 0 < benchmark.measure(b"the same again " * 1000, level=1).ratio < 0.1
+
+
+def test_an_entry_is_hashed_once_and_again_when_somebody_wrote_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, hashed = Store(tmp_path), []
+    plain = reading.fits
+    monkeypatch.setattr(reading, "fits", lambda *words: (hashed.append(1), plain(*words))[1])
+    written = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.ones(5, dtype=torch.bfloat16),
+        "none": torch.zeros(0, 4),
+    }
+    store.write(KEY, written, {})
+    for _ in range(3):
+        read = Store(tmp_path).read(KEY)
+        assert read.keys() == written.keys()
+        for name, tensor in written.items():
+            assert torch.equal(read[name], tensor)
+            assert read[name].dtype == tensor.dtype
+    assert len(hashed) == 1
+    path = store.path(KEY)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="damaged"):
+        store.read(KEY)

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
 from torch import Tensor
 
+from tuner.builtin.encoding import reading
 from tuner.builtin.encoding.stamps import Stamp, Stamps
 from tuner.data import compression
 from tuner.errors import DataError
 from tuner.files import atomic_write_bytes
 
-CHECKSUM = "sha256"
 SUFFIX = ".safetensors"
 PACKED_SUFFIX = ".safetensors.zst"
 CHECK_THREADS = 4
@@ -70,7 +70,8 @@ class Store:
     def is_whole(self, key: str) -> bool:
         """Whether the entry is there and its checksum is right: all of it is read."""
         try:
-            return _checksum_fits(_unpacked(self.path(key)))
+            data = reading.contents(os.fspath(self.path(key)))
+            return reading.fits(data, *reading.split(data))
         except (FileNotFoundError, ValueError):
             return False
 
@@ -112,14 +113,10 @@ class Store:
         return Lacking([key for key in keys if key not in now], damaged)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the CPU. Raises DataError when it is missing or damaged."""
+        """The tensors of an entry, on the CPU, views of one buffer. Raises DataError when it is missing or damaged."""
         path = self.path(key)
         try:
-            data = _unpacked(path)
-            if _checksum_fits(data):
-                tensors: dict[str, Tensor] = safetensors.torch.load(data)
-                return tensors
-            fault = "damaged"
+            return reading.read(os.fspath(path))
         except FileNotFoundError:
             fault = "missing"
         except ValueError:
@@ -142,8 +139,9 @@ class Store:
         Raises DataError when the disk is full or the folder cannot be written.
         """
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        checksum = _checksum(safetensors.torch.save(plain))
-        data = safetensors.torch.save(plain, {**metadata, CHECKSUM: checksum})
+        bare = torch.frombuffer(bytearray(safetensors.torch.save(plain)), dtype=torch.uint8)
+        checksum = reading.checksum(bare, *reading.split(bare))
+        data = safetensors.torch.save(plain, {**metadata, reading.CHECKSUM: checksum})
         path, other = map(Path, self._forms(key))
         try:
             atomic_write_bytes(path, compression.compress(data) if self.compress else data)
@@ -167,37 +165,3 @@ class Store:
         stem = f"{self._folder}{os.sep}{key[:2]}{os.sep}{key}"
         plain, packed = stem + SUFFIX, stem + PACKED_SUFFIX
         return (packed, plain) if self.compress else (plain, packed)
-
-
-def _unpacked(path: Path) -> bytes:
-    """The safetensors bytes of an entry. ValueError when they were packed and cannot be unpacked."""
-    data = path.read_bytes()
-    return compression.decompress(data) if path.name.endswith(PACKED_SUFFIX) else data
-
-
-def _split(data: bytes) -> tuple[dict[str, object], memoryview]:
-    """Header and tensor bytes of a safetensors file. ValueError when it is cut or garbled."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 + length:
-        raise ValueError("cut inside the header")
-    header = json.loads(data[8 : 8 + length])
-    if not isinstance(header, dict):
-        raise ValueError("the header is no object")
-    return header, memoryview(data)[8 + length :]
-
-
-def _checksum(data: bytes) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors; free text in the header is left out."""
-    header, body = _split(data)
-    header.pop("__metadata__", None)
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    digest.update(body)
-    return digest.hexdigest()
-
-
-def _checksum_fits(data: bytes) -> bool:
-    try:
-        metadata = _split(data)[0].get("__metadata__")
-        return isinstance(metadata, dict) and metadata.get(CHECKSUM) == _checksum(data)
-    except (ValueError, SafetensorError):
-        return False
