@@ -10,13 +10,17 @@ DEV := $(VENV)/.tuner-dev
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 
-# What needs a GPU, part by part, each under nine minutes on an H100; figures go to pages in this folder.
+# What needs a GPU: make gpu PART=ceilings|1.3b|14b|memory|encode, each under eight minutes on an H100; figures go to
+# pages in this folder. GPU_FLAGS: of benchmarks/gpu_part.py, such as --smoke (tiny sizes, any machine) or --only.
 GPU_PYTHON ?= $(BIN)/python
 GPU_PAGES ?= docs/benchmarks
+GPU_PARTS := ceilings 1.3b 14b memory encode
+PART ?=
+GPU_FLAGS ?=
 GPU_PAGE := $(GPU_PYTHON) benchmarks/gpu_page.py
 GPU_MEMORY := $(addprefix gpu-memory-,1.3b 1.3b-short 14b-resident 14b-streamed 14b-small-card image-small-card)
 
-.PHONY: docs test triton-tests lint quickstart help bench gpu gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
+.PHONY: docs test triton-tests lint quickstart help bench gpu gpu-setup gpu-tests gpu-tread gpu-memory $(GPU_MEMORY)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -26,7 +30,7 @@ help:
 	@echo "make triton-tests  the Triton kernels, in Triton's interpreter"
 	@echo "make quickstart  the whole job on a tiny model; results in output/quickstart"
 	@echo "make bench       counts and ratios on the CPU beside their goals; figures in docs/benchmarks/cpu.md"
-	@echo "make gpu         tests and benchmarks that need a GPU; figures in docs/benchmarks (see its README)"
+	@echo "make gpu         tests and benchmarks that need a GPU; PART=ceilings|1.3b|14b|memory|encode for one of them"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -60,7 +64,15 @@ quickstart: $(RUNTIME)
 bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py
 
-gpu: gpu-tests gpu-tread gpu-memory
+# One part, or all of them after the tests; a part with a row that failed does not keep the others from their turn.
+gpu: $(if $(PART),,gpu-tests gpu-tread)
+	@status=0; for part in $(or $(PART),$(GPU_PARTS)); do \
+	    $(GPU_PYTHON) benchmarks/gpu_part.py $$part --pages $(GPU_PAGES) $(GPU_FLAGS) || status=1; \
+	done; exit $$status
+
+# What the benchmarks need beside torch and numpy, from a folder of wheels, on a machine without a network.
+gpu-setup:
+	benchmarks/gpu/setup.sh $(WHEELS)
 
 gpu-tests:
 	$(GPU_PAGE) $(GPU_PAGES)/gpu-tests.md 'Tests that need a GPU' -- $(GPU_PYTHON) -m pytest -m gpu -rs --durations 10

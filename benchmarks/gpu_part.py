@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def append(file: Path, record: dict[str, Any]) -> None:
 
 
 def run(name: str, folder: Path, budget: float, *, smoke: bool, command: Sequence[str], only: str = "") -> bool:
-    """Measure the rows of part ``name`` that have ``only`` in their names; whether none failed."""
+    """Measure the rows of part ``name`` whose names the expression ``only`` finds; whether none failed."""
     until = time.time() + budget
     module, title = PARTS[name]
     part = import_module(module)
@@ -98,7 +99,7 @@ def run(name: str, folder: Path, budget: float, *, smoke: bool, command: Sequenc
         top += "\nTiny sizes, to try the code: these figures say nothing of any network.\n"
     append(folder / f"gpu-{name}.jsonl", {"part": name, **made, "versions": versions(), "command": list(command)})
     done: list[Result] = []
-    for result in results([each for each in part.rows(smoke) if only in each.name], until, isolated=not smoke):
+    for result in results([each for each in part.rows(smoke) if re.search(only, each.name)], until, isolated=not smoke):
         done.append(result)
         record = {"part": name, **made, **result.record()}
         append(folder / f"gpu-{name}.jsonl", record)
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--pages", type=Path, default=Path("docs/benchmarks"), help="folder for what is written")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds after which no row is begun")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, all rows in this process, any machine")
-    parser.add_argument("--only", default="", help="measure the rows with this in their names alone")
+    parser.add_argument("--only", default="", help="regular expression: only the rows whose names it finds")
     options = parser.parse_args()
     if not options.smoke and device().startswith(NONE):
         parser.error("there is no GPU here (nvidia-smi finds none): --smoke runs anywhere")

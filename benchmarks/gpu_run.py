@@ -172,7 +172,7 @@ def random_weights(module: nn.Module, network: Network) -> Iterator[tuple[str, T
     Tensors of one shape are drawn once: each block gets copies of the same numbers, which takes seconds, not minutes.
     """
     drawn: dict[tuple[object, ...], Tensor] = {}
-    for name, parameter in module.named_parameters():
+    for name, parameter in list(module.named_parameters()):  # sinks change modules on the way
         shape, dtype, leaf = tuple(parameter.shape), network.dtype_of(name), name.rpartition(".")[2]
         kind = (shape, dtype, leaf)
         if kind not in drawn:

@@ -40,21 +40,14 @@ XXL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """google/umt5-xxl."""
-TINY_TEXT: dict[str, Any] = {
-    **XXL,
-    "vocab_size": 64,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 32,
-    "num_layers": 2,
-    "num_heads": 2,
-}
+TINY_TEXT = {**XXL, "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
 TINY_VAE: dict[str, Any] = {"base_dim": 4, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 
 
 def filled(module: nn.Module, dtype: torch.dtype) -> Any:
     """``module``, made without weights, on the device: matrices normal with variance 1 / inputs, norms 1, biases 0."""
-    module.to(dtype).to_empty(device=device()).requires_grad_(False).eval()
+    # Not diffusers' own: it warns of what it would keep in float32, which in this class is nothing.
+    nn.Module.to(module, dtype).to_empty(device=device()).requires_grad_(False).eval()
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and "gamma" not in name:

@@ -142,15 +142,15 @@ class Part:
     @property
     def attention(self) -> tuple[str, ...]:
         """Kernels to compare: torch's on CUDA, or those that any machine has."""
-        return ("native", "_native_math") if self.smoke else ATTENTION
+        return ("native",) if self.smoke else ATTENTION
 
     def ours(self, name: str, shape: tuple[int, int, int], *keys: Mapping[str, Any], **row: Any) -> Row:
         """A row of the real trainer. ``row``: other fields of :class:`Row`."""
-        return Row(name, ours, (self.case(name, shape, *keys), WARM_UP, STEPS), **row)
+        return Row(name, ours, (self.case(name, shape, *keys), WARM_UP, 1 if self.smoke else STEPS), **row)
 
     def plain(self, name: str, shape: tuple[int, int, int], **row: Any) -> Row:
         """A row of diffusers and PEFT."""
-        return Row(name, plain.measure, (self.case(name, shape, FULL), WARM_UP, STEPS), **row)
+        return Row(name, plain.measure, (self.case(name, shape, FULL), WARM_UP, 1 if self.smoke else STEPS), **row)
 
     def cosine(self, name: str, precision: str, **row: Any) -> Row:
         """A row of gradients, of an image, so that it takes no time."""
