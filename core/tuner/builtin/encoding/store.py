@@ -114,19 +114,21 @@ class Store:
 
     def read(self, key: str) -> dict[str, Tensor]:
         """The tensors of an entry, on the CPU, views of one buffer. Raises DataError when it is missing or damaged."""
-        path = self.path(key)
-        try:
-            return reading.read(os.fspath(path))
-        except FileNotFoundError:
-            fault = "missing"
-        except ValueError:
-            fault = "damaged"
-        except OSError as error:
-            fault = f"unreadable ({error.strerror})"
+        fault = "missing"
+        for path in self._forms(key):
+            try:
+                return reading.read(path)
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                fault = "damaged"
+            except OSError as error:
+                fault = f"unreadable ({error.strerror})"
+            break
         self.stamps.forget([key])
         raise DataError(
             f"an entry of the cache is {fault}",
-            where=path,
+            where=self.path(key),
             remedy="start again: what is missing or damaged is encoded anew",
         )
 
