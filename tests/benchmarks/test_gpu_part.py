@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from tuner.assembly import assemble
 from tuner.builtin.planner.memory import predict
@@ -131,6 +132,21 @@ def test_real_rows_have_real_shapes_and_configs_that_are_accepted(part: ModuleTy
                 assert floor.seconds(work, card) == pytest.approx(known, rel=0.05), row.name
             if "peak_gib" in row.goal:
                 assert predict(work).on_device < row.goal["peak_gib"] * GIB * 1.1, row.name
+
+
+def test_the_plain_loop_trains_as_many_parameters(part: ModuleType, tmp_path: Path) -> None:
+    import gpu_run
+    from gpu import plain
+    from gpu.training import CLIP, FULL, Part
+
+    case = Part("t2v-480p-1.3b-2.1", smoke=True).case("", CLIP, FULL)
+    _, spec, work = gpu_run.described(case, assemble(gpu_run.settings(case, tmp_path)))
+    model = plain.network(spec)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    assert sum(each.numel() for each in trained) == work.adapter_parameters
+    assert {each.dtype for each in trained} == {torch.float32}
+    assert model.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+    assert model.is_gradient_checkpointing
 
 
 def test_a_row_that_fails_is_reported_and_the_rest_goes_on(part: ModuleType, tmp_path: Path) -> None:
