@@ -52,10 +52,14 @@ def contents(path: str) -> Tensor:
     if path.endswith(PACKED):
         with open(path, "rb") as file:  # noqa: PTH123
             return torch.frombuffer(bytearray(compression.decompress(file.read())), dtype=torch.uint8)
-    with open(path, "rb") as file:  # noqa: PTH123
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
         data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
-        if file.readinto(data.numpy().data) != len(data):
-            raise ValueError("cut while it was read")
+        rest = data.numpy().data
+        while rest:  # at most 2 GiB come at once
+            count = file.readinto(rest)
+            if not count:
+                raise ValueError("cut while it was read")
+            rest = rest[count:]
     return data
 
 
