@@ -41,10 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
         "grad_clip_method": "value",
         "flow_schedule_auto_shift": True,
         "mixed_precision": "bf16",
+        "use_ema": True,
+        "ema_device": "cpu",
     },
     "LyCORIS": {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "multiplier": 1.0, "linear_dim": 4}},
     "clean first frame": {"model": TI2V, "tread_config": ROUTE, "masked": True, "use_ema": True},
-    "first frame": {"model": I2V, "enable_chunked_feed_forward": True, "optimizer": "optimi-lion"},
+    "first frame": {"model": I2V, "gradient_checkpointing": True, "optimizer": "optimi-lion"},
     "rollout": {"scheduled_sampling_max_step_offset": 2, "scheduled_sampling_probability": 1.0},
     "prior": {"regularisation": True},
 }
