@@ -39,9 +39,8 @@ def opened(
     for network in model.networks.values():
         transforms.prepare(run, network, edits)
     plan = hook.plan_epochs(run=run, spec=found.spec, data=cached.prepared, processes=world)
-    dropout = run.config.caption_dropout_probability
-    own = {"rank": rank, "world": world, "device": engine.device}
-    loader = Loader(cached, plan, **own, seed=run.config.seed, caption_dropout=dropout)
+    dropout, seed = run.config.caption_dropout_probability, run.config.seed
+    loader = Loader(cached, plan, rank=rank, world=world, seed=seed, caption_dropout=dropout, device=engine.device)
     try:
         yield Session(run, assembly.manager, model, engine, plan, loader, found.total, {})
     finally:
