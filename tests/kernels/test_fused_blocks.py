@@ -84,6 +84,15 @@ def test_results_and_gradients_are_those_of_diffusers(dtype: torch.dtype, image:
     assert_equal(outcome(made, inputs), outcome(fused(made), inputs), CLOSE[dtype])
 
 
+@pytest.mark.parametrize("kernel", ["_native_math", "_native_flash", "native"])
+def test_every_exact_attention_kernel(kernel: str) -> None:
+    """Their gradients lie in memory in different ways."""
+    made, inputs = make(torch.float32), given(torch.float32, batch=2, image=False, timed=False)
+    for each in (made.attn1, made.attn2):
+        each.processor._attention_backend = kernel
+    assert_equal(outcome(made, inputs), outcome(fused(made), inputs), 2e-6)
+
+
 @pytest.mark.parametrize(
     "lora",
     [

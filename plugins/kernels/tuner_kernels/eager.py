@@ -46,6 +46,8 @@ def turned_norm_backward(
     gradient: Tensor, rows: Tensor, weight: Tensor, inverse: Tensor, table: Table | None
 ) -> Tensor:
     """Gradient of ``rows``."""
+    if gradient.stride(-1) != 1:  # what torch's plain attention gives: pairs must lie side by side to be turned
+        gradient = gradient.contiguous()
     turned = gradient if table is None else _turn(gradient.float(), table, back=True)
     wide = turned * weight.float()
     # A product of matrices of one row and one column: a sum that writes no product of all elements.
