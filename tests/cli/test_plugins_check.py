@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from tuner import API_VERSION
 from tuner.cli import app
 from tuner.errors import PluginError
 from tuner.testing.contract import FamilyContract, PluginContract
@@ -74,3 +75,9 @@ def test_a_plugin_that_there_is_not_is_named() -> None:
 @pytest.mark.parametrize("kind", [PluginContract, FamilyContract])
 def test_every_check_says_what_it_asks(kind: type) -> None:
     assert all(getattr(kind, name).__doc__ for name in dir(kind) if name.startswith("test_"))
+
+
+def test_the_version_of_the_hooks_is_shown() -> None:
+    assert f"version of the hooks: {API_VERSION}" in CliRunner().invoke(app, ["plugins"]).stdout.splitlines()
+    shown = CliRunner().invoke(app, ["plugins", "show", "tread"]).stdout.splitlines()
+    assert f"  api:       {API_VERSION}" in shown

@@ -67,10 +67,30 @@ def test_what_is_written_is_tidy(packages: Path) -> None:
             done = subprocess.run(ruff, cwd=packages / name, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout
     for path in packages.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".pyc":
             words = path.read_text(encoding="utf-8").lower()
             assert "drift" not in words
             assert "toy" not in words
+
+
+def test_what_is_written_is_typed(packages: Path) -> None:
+    # Its imports are not followed, which would take most of a minute: what comes from them has no type here.
+    relaxed = ["--follow-imports=skip", "--allow-untyped-decorators", "--no-warn-return-any", "--cache-dir", os.devnull]
+    names = ["-p", "tuner_far_off", "-p", "tuner_dreamer"]
+    mypy = [sys.executable, "-m", "mypy", "--config-file", str(packages / "dreamer" / "pyproject.toml")]
+    path = os.pathsep.join(str(packages / name) for name in ("far_off", "dreamer"))
+    environment = {**os.environ, "MYPYPATH": path}
+    done = subprocess.run([*mypy, *relaxed, *names], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["feature", "family"])
+def test_a_long_name_makes_no_long_lines(tmp_path: Path, kind: str) -> None:
+    new("a_rather_long_name_for_a_plugin", "--kind", kind, "--folder", str(tmp_path / "long"))
+    for command in (["check"], ["format", "--check"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", "."]
+        done = subprocess.run(ruff, cwd=tmp_path / "long", capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -87,6 +107,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     ("name", "told"),
     [
         ("tread", "there is a plugin 'tread' already"),
+        ("quantization", "there is a package 'tuner_quantization' already"),
         ("My-Plugin", "did you mean 'my_plugin'?"),
         ("class", "no word of Python's"),
         ("2fast", "did you mean 'fast'?"),

@@ -51,11 +51,13 @@ def list_plugins(
 
 
 def _print_list(config: Path | None, plugins: str | None, without: list[str] | None) -> None:
+    from tuner.plugin import API_VERSION
     from tuner.selection import Catalog
 
     catalog = Catalog()
     why = _reasons(catalog, config, options.names(plugins), options.names(without) or [])
     typer.echo("\n".join(line for name in catalog.installed for line in _entry(catalog, name, why)))
+    typer.echo(f"version of the hooks: {API_VERSION}")
 
 
 @app.command("show")
@@ -124,6 +126,7 @@ def _details(found: Found, catalog: Catalog) -> Iterator[str]:
         ("provides", sorted(cls.provides)),
         ("values", values),
         ("hooks", hooks_of(cls)),
+        ("api", [str(cls.api)]),
     ):
         yield f"  {label + ':':<11}{', '.join(names) or 'none'}"
     yield "  keys:      " + ("" if cls.Config.model_fields else "none")

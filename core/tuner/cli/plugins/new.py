@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,8 @@ def new(
     files = write(place, name, kind.value)
     typer.echo(f"{place}/")
     typer.echo("\n".join(f"  {each}" for each in files))
+    if not find_spec("ruff"):
+        typer.echo("ruff is not installed: lines that the name makes long are left as they are")
     typer.echo(f"\npip install -e {place}\ntuner plugins check {name}\npytest {place}")
 
 
@@ -57,4 +60,9 @@ def _judge(name: str, catalog: Catalog) -> None:
         raise PluginError(
             f"there is a plugin {name!r} already ({found.source})",
             remedy="choose another name: two plugins of one name cannot be installed together",
+        )
+    if find_spec(f"tuner_{name}"):
+        raise PluginError(
+            f"there is a package 'tuner_{name}' already",
+            remedy="choose another name: two packages of one name cannot be installed together",
         )

@@ -7,8 +7,11 @@ The code is that of two plugins which our own tests hold to the contract, under 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tempfile
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 SOURCES = {"feature": ("drift", "Drift"), "family": ("toy", "Toy")}
@@ -177,8 +180,8 @@ together, and which versions of the hooks go with which release.
 def write(place: Path, name: str, kind: str) -> list[str]:
     """Write the package of plugin ``name`` to ``place``; the names of its files, in order.
 
-    ``kind`` is ``feature`` or ``family``. All of it is written aside and put in place at once. Raises PluginError
-    where there is something already.
+    ``kind`` is ``feature`` or ``family``. All of it is written aside and put in place at once. Where ruff is installed
+    it breaks the lines that a long name makes too long. Raises PluginError where there is something already.
     """
     from tuner.errors import PluginError
 
@@ -194,8 +197,17 @@ def write(place: Path, name: str, kind: str) -> list[str]:
             path = whole / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+        if find_spec("ruff"):
+            _tidy(whole)
         whole.rename(place)
     return sorted(texts)
+
+
+def _tidy(whole: Path) -> None:
+    """Lay out imports and lines anew, by the settings in the package's own ``pyproject.toml``."""
+    for command in (["check", "--select", "I", "--fix"], ["format"]):
+        ruff = [sys.executable, "-m", "ruff", *command, "--quiet", "--no-cache", "."]
+        subprocess.run(ruff, cwd=whole, check=True, capture_output=True)
 
 
 def files(name: str, kind: str) -> dict[str, str]:
