@@ -16,6 +16,7 @@ from gpu.training import (
     STREAMED,
     TREAD,
     Part,
+    kernel,
 )
 
 FLAVOUR = "t2v-480p-14b-2.1"
@@ -78,15 +79,7 @@ def rows(smoke: bool) -> list[Row]:
         part.ours("eager, full, S = 18 900", AREA, FULL, needs=55, against=HELD),
         part.ours("compiled, full, S = 18 900", AREA, FULL, COMPILED, needs=90, against=HELD),
         *(
-            part.ours(
-                f"fused, full, {name}, S = 18 900",
-                AREA,
-                FUSED,
-                FULL,
-                {"attention_mechanism": name},
-                needs=50,
-                against=HELD,
-            )
+            part.ours(f"fused, full, {name}, S = 18 900", AREA, FUSED, FULL, kernel(name), needs=50, against=HELD)
             for name in part.attention
         ),
     ]

@@ -16,6 +16,7 @@ from gpu.training import (
     SELECTIVE,
     TREAD,
     Part,
+    kernel,
 )
 
 FLAVOUR = "t2v-480p-1.3b-2.1"
@@ -66,15 +67,7 @@ def rows(smoke: bool) -> list[Row]:
         part.ours("eager, full, S = 18 900", AREA, FULL, needs=20, against=HELD),
         part.ours("compiled, full, S = 18 900", AREA, FULL, COMPILED, needs=60, against=HELD),
         *(
-            part.ours(
-                f"fused, full, {name}, S = 18 900",
-                AREA,
-                FUSED,
-                FULL,
-                {"attention_mechanism": name},
-                needs=20,
-                against=HELD,
-            )
+            part.ours(f"fused, full, {name}, S = 18 900", AREA, FUSED, FULL, kernel(name), needs=20, against=HELD)
             for name in part.attention
         ),
         *(

@@ -124,6 +124,11 @@ def cosine(case: Case, precision: str) -> dict[str, Any]:
 # Rows
 
 
+def kernel(name: str) -> dict[str, str]:
+    """The keys that choose an attention kernel."""
+    return {"attention_mechanism": name}
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of one network."""
