@@ -179,6 +179,10 @@ class TestTorchao(PluginContract):
     plugin = "torchao"
 
 
+class TestProducts(PluginContract):
+    plugin = "products"
+
+
 class TestQuanto(PluginContract):
     plugin = "quanto"
 

@@ -95,6 +95,8 @@ PRECISIONS = _one(
     "int4-torchao",
     "int8-bnb",
     "nf4-bnb",
+    "int8-products",
+    "fp8-products",
     cuda=["int4-torchao"],
 )
 ENCODERS = (Feature("quantised text encoder", {"text_encoder_1_precision": "int8-quanto"}),)
@@ -267,13 +269,14 @@ def _heard() -> Iterator[list[str]]:
 def complete_machine(catalog: Catalog) -> Iterator[None]:
     """As on a machine with a CUDA device, memory enough and every package.
 
-    ``torch.cuda.is_available`` and each ``find_spec`` that a module of the core or of a plugin in ``catalog`` holds
-    answer yes meanwhile, and the host memory is unknown.
+    The device is a Hopper. ``torch.cuda.is_available`` and each ``find_spec`` that a module of the core or of a plugin
+    in ``catalog`` holds answer yes meanwhile, and the host memory is unknown.
     """
     import torch
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
+        patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
         patches.enter_context(mock.patch(f"{HOST_MEMORY}.available", return_value=None))
         for module in _modules(catalog):
             if hasattr(module, "find_spec"):

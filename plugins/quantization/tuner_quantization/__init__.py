@@ -38,6 +38,8 @@ class Precision:
     """whether it needs a CUDA device"""
     package: str | None = None
     """a module it needs beside the plugin's own, and the name to install"""
+    capability: tuple[int, int] = (0, 0)
+    """the least of a CUDA device"""
 
 
 class QuantisationPlugin(Plugin[PluginConfig]):
@@ -81,6 +83,10 @@ class QuantisationPlugin(Plugin[PluginConfig]):
                     raise _cannot(f"it needs the package {module}, which is not installed", where, install)
             if self.precisions[value].cuda and not _cuda():
                 raise _cannot("it needs a CUDA device", where, None)
+            least = self.precisions[value].capability
+            if least > (0, 0) and (own := _capability()) and own < least:
+                wanted, found = (".".join(map(str, each)) for each in (least, own))
+                raise _cannot(f"it needs compute capability {wanted}, and this device has {found}", where, None)
 
     @hookimpl
     def quantizers(self, run: Run) -> Mapping[str, Callable[[Network], Sink]]:
@@ -187,9 +193,19 @@ class Fp8ScaledPlugin(QuantisationPlugin):
     levers: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base_model_precision": "fp8-scaled"},)
 
 
+class ProductsPlugin(QuantisationPlugin):
+    """Products in int8 or fp8 for the frozen base, forward and for gradients: faster, where matrices are the step."""
+
+    precisions: ClassVar[Mapping[str, Precision]] = {
+        "int8-products": Precision("products:Int8ProductSink", 1.0, capability=(8, 0)),
+        "fp8-products": Precision("products:Fp8ProductSink", 2.0, capability=(8, 9)),
+    }
+    values: ClassVar[Mapping[str, frozenset[str]]] = {"base_model_precision": frozenset(precisions)}
+
+
 def _cannot(why: str, where: str, install: str | None) -> ConfigError:
     """The error for a backend that cannot run here, with those that can."""
-    plugins = (Fp8ScaledPlugin, QuantoPlugin, TorchaoPlugin, BitsandbytesPlugin)
+    plugins = (Fp8ScaledPlugin, QuantoPlugin, TorchaoPlugin, BitsandbytesPlugin, ProductsPlugin)
     runs = [
         value
         for plugin in plugins
@@ -215,3 +231,10 @@ def _cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of the CUDA device; None without one."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
