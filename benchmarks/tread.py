@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tuner.blocks import BlockStack, StepContext, Stream, install, run_stack
-from tuner.builtin.planner.flops import step_flops
 from tuner.config.keys import CoreConfig
+from tuner.flops import step_flops
 from tuner.run import Run
 from tuner.spec import LatentGeometry, NetworkSpec
 from tuner.workload import Workload

@@ -5,10 +5,7 @@ The only place of the benchmarks that reads the project's FLOP model and cards.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
-
+from tuner import flops
 from tuner.builtin.planner.cards import Card, named, of_device
 from tuner.builtin.planner.speed import speed_up
 from tuner.workload import Workload
@@ -28,29 +25,23 @@ def card() -> Card | None:
     return of_device(found.name, found.total_memory / GIB)
 
 
-def model() -> Any:
-    """The FLOP model, where this version has it."""
-    return import_module("tuner.flops" if find_spec("tuner.flops") else "tuner.builtin.planner.flops")
-
-
 def seconds(work: Workload, device: Card) -> float:
     """Of a step: products, attention by the fastest kernel, and elementwise traffic as little as fused blocks can do
     with, 21 + 2 F/D units of S x D elements forward. All weights and inputs on the device."""
-    flop = model()
-    total = flop.outside_flops(work).linear / device.matmul
-    for flops in flop.block_flops(work):
-        total += flops.linear / device.matmul
-        total += flops.attention_forward / device.attention + flops.backward.attention / device.attention_backward
+    total = flops.outside_flops(work).linear / device.matmul
+    for block in flops.block_flops(work):
+        total += block.linear / device.matmul
+        total += block.attention_forward / device.attention + block.backward.attention / device.attention_backward
     units = 21 + 2 * work.network.ffn_dim / work.network.dim
     for index, tokens in enumerate(work.block_tokens):
         unit = tokens * work.network.dim * work.activation_bytes * work.samples * work.micro_batches
-        total += units * (1 + flop.is_checkpointed(work, index) + BACKWARD_TRAFFIC) * unit / device.bandwidth
+        total += units * (1 + flops.is_checkpointed(work, index) + BACKWARD_TRAFFIC) * unit / device.bandwidth
     return total / TERA
 
 
 def figures(work: Workload, step: float, device: Card | None) -> dict[str, float]:
     """What a step of ``step`` seconds comes to: TFLOP of the model, and MFU and times the floor on a known device."""
-    flop = model().step_flops(work).model
+    flop = flops.step_flops(work).model
     found = {"tflop": flop / TERA}
     if device is not None:
         floor = seconds(work, device)

@@ -16,7 +16,7 @@ from torch import nn
 import tread
 from rows.row import Row, paired
 from tuner.blocks import StepContext
-from tuner.builtin.planner.flops import step_flops
+from tuner.flops import step_flops
 from tuner.testing.opened import opened
 from tuner.train.session import Session
 from tuner.train.step import make_batch, train_step

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.data.buckets import (
+from tuner.builtin.buckets import (
     ResolutionType,
     bucket_frames,
     bucket_size,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
+from tuner.builtin.buckets import framing
 from tuner.builtin.datasets.decode import decode
 from tuner.builtin.datasets.probe_file import VideoFacts, probe_file
-from tuner.data.buckets import framing
 from tuner.data.samples import Bucket, Sample, View
 from tuner.errors import DataError
 

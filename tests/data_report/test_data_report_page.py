@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from tuner.builtin.buckets import bucket_size
 from tuner.builtin.data_report.page import NAME, write_page
 from tuner.builtin.datasets.prepare import prepare
 from tuner.builtin.epochs.plan import Plan
 from tuner.builtin.sampling.trained_sizes import untrained
 from tuner.config.keys import CoreConfig
-from tuner.data.buckets import bucket_size
 from tuner.data.samples import Prepared
 from tuner.run import Run
 from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec

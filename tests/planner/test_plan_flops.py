@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tuner.blocks import StepContext, install
 from tuner.builtin.checkpointing.selective import Selective
 from tuner.builtin.planner.cards import CARDS, of_device
-from tuner.builtin.planner.flops import StepFlops, step_flops
 from tuner.builtin.planner.speed import speed_up, step_seconds
 from tuner.checkpointing import Checkpointing
 from tuner.config.keys import CoreConfig
+from tuner.flops import StepFlops, step_flops
 from tuner.spec import LatentGeometry, NetworkSpec
 from tuner.workload import Workload
 from tuner_chunked_ff.chunk import install as install_chunks

@@ -10,7 +10,7 @@ import pytest
 from tuner.builtin.metrics import MetricsPlugin
 from tuner.builtin.planner import PlannerConfig, PlannerPlugin, measure
 from tuner.builtin.planner.cards import named
-from tuner.builtin.planner.flops import step_flops
+from tuner.flops import step_flops
 from tuner.plugin import PluginConfig
 from tuner.testing.opened import opened
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from tuner import flow, rng
+from tuner.builtin.progress import progress
 from tuner.data.loader import collate_text
-from tuner.data.progress import progress
 from tuner.model import Batch, Model
 from tuner.train.turns import hand_over
 

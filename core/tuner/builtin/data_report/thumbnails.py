@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tuner.data.progress import progress
+from tuner.builtin.progress import progress
 from tuner.data.samples import Bucket, Decode, Sample
 from tuner.errors import DataError
 

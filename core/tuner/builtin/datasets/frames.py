@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from tuner.builtin.buckets import bucket_frames
 from tuner.builtin.datasets.entries import Clips, EvalDataset, Trained, VideoFrames
 from tuner.builtin.datasets.probe_file import VideoFacts
-from tuner.data.buckets import bucket_frames
 from tuner.spec import ModelSpec
 
 MARGIN = 0.05

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.probe_index import Index, Row, missing, open_index, result_of, uncollected
 from tuner.builtin.datasets.probe_pool import probe_all
-from tuner.data.progress import log, progress
+from tuner.builtin.progress import log, progress
 from tuner.data.source import Found, Listing
 from tuner.errors import DataError
 

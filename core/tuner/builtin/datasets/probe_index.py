@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.builtin.datasets.probe_file import VideoFacts
-from tuner.data.progress import log
+from tuner.builtin.progress import log
 from tuner.data.source import Found
 from tuner.errors import DataError
 

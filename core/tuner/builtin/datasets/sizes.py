@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from tuner import rng
+from tuner.builtin import buckets
 from tuner.builtin.datasets.entries import Media
 from tuner.builtin.datasets.probe_file import VideoFacts
-from tuner.data import buckets
 from tuner.data.samples import Bucket, Framing
 from tuner.spec import ModelSpec
 

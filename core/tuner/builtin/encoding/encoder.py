@@ -20,7 +20,7 @@ from tuner import processes
 from tuner.builtin.encoding.clips import Clip, read_clip
 from tuner.builtin.encoding.store import Store
 from tuner.builtin.encoding.writing import Writer
-from tuner.data.progress import progress
+from tuner.builtin.progress import progress
 from tuner.data.samples import Bucket, Decode, Sample, View
 from tuner.errors import DataError, ModelError
 from tuner.model import EncodeBatch, Encoded, EncodeKind, Model

@@ -11,8 +11,8 @@ from tuner import processes
 from tuner.builtin.encoding.encoder import Encoder
 from tuner.builtin.encoding.store import Store, make_key
 from tuner.builtin.encoding.writing import Writer
+from tuner.builtin.progress import progress
 from tuner.data.cached import MASK, SEGMENTATION, Mask
-from tuner.data.progress import progress
 from tuner.data.samples import Companion, Sample, View, Weigh
 from tuner.errors import DataError
 from tuner.spec import ModelSpec

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from tuner.data.progress import log
+from tuner.builtin.progress import log
 
 NAME = "checked.sqlite3"
 VERSION = 1

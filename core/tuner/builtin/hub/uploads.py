@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.builtin.hub.jobs import Job, clear
-from tuner.data.progress import progress
+from tuner.builtin.progress import progress
 
 PAUSES = (5.0, 15.0, 30.0, 60.0, 120.0, 240.0)
 """Seconds before each further attempt."""

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tuner.builtin.planner.cards import Card
-from tuner.builtin.planner.flops import StepFlops, step_flops
 from tuner.builtin.planner.memory import Memory, predict
 from tuner.builtin.planner.speed import speed_up, step_seconds
 from tuner.data.order import Order
 from tuner.data.samples import Bucket
+from tuner.flops import StepFlops, step_flops
 from tuner.spec import NetworkSpec
 from tuner.workload import Workload
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from tuner.builtin.planner.cards import Card
-from tuner.builtin.planner.flops import StepFlops, step_flops, total
 from tuner.builtin.planner.speed import step_seconds
 from tuner.builtin.planner.wording import seconds, tera
+from tuner.flops import StepFlops, step_flops, total
 from tuner.workload import Workload
 
 LEFT_OUT = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
-from tuner.builtin.planner.flops import is_checkpointed
+from tuner.flops import is_checkpointed
 from tuner.spec import Activations, Held, NetworkSpec
 from tuner.workload import Workload
 

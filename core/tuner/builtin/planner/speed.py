@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tuner.builtin.planner.cards import Card
-from tuner.builtin.planner.flops import Pass, StepFlops, block_flops, is_checkpointed, outside_flops, step_flops
+from tuner.flops import Pass, StepFlops, block_flops, is_checkpointed, outside_flops, step_flops
 from tuner.workload import Workload
 
 TERA, GIGA = 1e12, 1e9

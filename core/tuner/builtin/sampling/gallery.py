@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from tuner.builtin.progress import progress
 from tuner.builtin.sampling.cells import Cell, media_paths, write_record
 from tuner.builtin.sampling.images import encoded_images, sample_id
 from tuner.builtin.sampling.media import poster, read_evenly, write_mp4, write_png
 from tuner.builtin.sampling.sheet import COLUMNS, Row, labelled, write_contact_sheet
-from tuner.data.progress import progress
 from tuner.errors import Stopped, TrainingError
 from tuner.train.interrupt import Interrupt, watch
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tuner.builtin.buckets import framing
 from tuner.builtin.sampling.prompts import Prompt, slug
 from tuner.builtin.sampling.settings import Settings
-from tuner.data.buckets import framing
 from tuner.data.samples import Bucket, Companion, Decode, Prepared, Sample, View
 from tuner.errors import ConfigError, DataError
 from tuner.files import sha256_of

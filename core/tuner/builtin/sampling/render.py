@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from tuner import __version__, processes, variants
+from tuner.builtin.progress import progress
 from tuner.builtin.sampling.clips import Clip
 from tuner.builtin.sampling.images import encoded_images, picture_name
 from tuner.builtin.sampling.media import evenly, poster, read_evenly, write_mp4, write_png
 from tuner.builtin.sampling.prompts import Prompt
 from tuner.builtin.sampling.settings import Settings
 from tuner.builtin.sampling.sheet import COLUMNS, Row, write_contact_sheet
-from tuner.data.progress import progress
 from tuner.files import atomic_write_text
 from tuner.model import Model
 from tuner.validate.results import SamplingStep

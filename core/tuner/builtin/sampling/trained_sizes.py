@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from tuner.builtin import buckets
 from tuner.builtin.sampling.settings import Settings, settings_for
-from tuner.data import buckets
 
 if TYPE_CHECKING:
     from tuner.data.samples import Prepared

@@ -9,6 +9,7 @@ from typing import cast
 
 from filelock import FileLock
 
+from tuner.builtin.progress import progress
 from tuner.builtin.sources.keys import HubKeys
 from tuner.builtin.sources.mirror import found_at
 from tuner.builtin.sources.rows import Gathered, gather
@@ -23,7 +24,6 @@ from tuner.builtin.sources.tables import (
     open_table,
     rows,
 )
-from tuner.data.progress import progress
 from tuner.data.source import Request
 from tuner.errors import ConfigError, DataError
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from filelock import FileLock
 
+from tuner.builtin.progress import log, progress
 from tuner.builtin.sources.attempts import Missing, RemoteError, Unreachable
 from tuner.builtin.sources.credentials import shown
 from tuner.builtin.sources.places import AT_ONCE, RemoteFile, connect, download, measured, media_in
-from tuner.data.progress import log, progress
 from tuner.data.source import Found, Listing, Request
 from tuner.errors import DataError
 from tuner.files import TEMPORARY, atomic_path
