@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from tuner.builtin.metrics import MetricsPlugin
-from tuner.builtin.planner import PlannerConfig, PlannerPlugin, measure
+from tuner.builtin.planner import PlannerConfig, PlannerPlugin
+from tuner.builtin.planner.account import Account
 from tuner.builtin.planner.cards import named
+from tuner.builtin.planner.speed import step_seconds
 from tuner.flops import step_flops
 from tuner.plugin import PluginConfig
 from tuner.testing.opened import opened
@@ -67,12 +69,22 @@ def test_mfu_is_the_model_s_work_over_what_the_card_reaches(workplace, tmp_path)
         plugin = PlannerPlugin("planner", PlannerConfig())
         plugin.data_ready(run=session.run, spec=session.model.spec, data=None, plan=session.plan)
         session.run.step = 1
+        plugin._account = Account(None)
         plugin.on_step_end(run=session.run, model=session.model, metrics={"seconds": 0.5})
-        assert plugin.log_metrics(run=session.run, line={"seconds": 0.5}) == {}  # no card is known on a CPU
-        plugin._card = card
-        plugin.on_step_end(run=session.run, model=session.model, metrics={"seconds": 0.5})
-        found = plugin.log_metrics(run=session.run, line={"seconds": 0.5})["planner/mfu"]
+        unknown = plugin.log_metrics(run=session.run, line={"seconds": 0.5})
+        assert unknown.keys() == {"planner/tokens", "planner/tflop"}  # no card is known on a CPU
+        plugin._account = Account(card, planned=2**30)
+        line = {"seconds": 0.5, "peak_memory_bytes": 3 * 2**29, "tread/dropped": 0.25}
+        told = plugin.log_metrics(run=session.run, line=line)
+        found = told["planner/mfu"]
         [batch] = session.plan.micro_batches(0)
         work = session.run.estimate(session.model.network.spec, batch.bucket, len(batch.samples))
     assert found == pytest.approx(step_flops(work).model / 0.5 / 798e12)
-    assert measure.utilisation([work, work], 0.5, card) == pytest.approx(2 * found)
+    assert told["planner/tokens"] == work.tokens
+    assert told["planner/tflop"] == pytest.approx(step_flops(work).hardware / 1e12)
+    assert told["planner/times_floor"] == pytest.approx(0.5 / step_seconds(work, card))
+    summary = plugin._account.told()
+    assert summary is not None
+    for part in (f"{work.tokens} tokens", "0.5 s a step", "times the floor of H100", "peak 1.50 GiB (1.00 planned)"):
+        assert part in summary, part
+    assert "25% of the tokens' passes through blocks left out by routes" in summary

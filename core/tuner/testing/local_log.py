@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CLOCK = ("seconds", "peak_memory_bytes", "_per_second", "/mfu")
+CLOCK = ("seconds", "peak_memory_bytes", "_per_second", "/mfu", "/times_floor")
 """Ends of the names of times, throughput and memory: all else is equal in an interrupted and an undisturbed run."""
 
 

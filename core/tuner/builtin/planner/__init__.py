@@ -11,6 +11,7 @@ from tuner.plugin import Plugin, PluginConfig, key
 if TYPE_CHECKING:
     import torch
 
+    from tuner.builtin.planner.account import Account
     from tuner.builtin.planner.beside import Beside
     from tuner.builtin.planner.cards import Card
     from tuner.builtin.planner.costs import Shape
@@ -55,7 +56,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         super().__init__(name, config)
         self._plan: Order | None = None
         self._window: Window | None = None
-        self._card: Card | None = None
+        self._account: Account | None = None
         self._network: NetworkSpec | None = None
         self._beside: Beside | None = None
         self.shapes: Sequence[Shape] | None = None
@@ -106,8 +107,10 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         self._beside = self._predicted(run, self._plan, model.network.spec)
         if not run.is_main:
             return
+        from tuner.builtin.planner.account import Account
         from tuner.builtin.planner.costs import cost_of, shapes_of
         from tuner.builtin.planner.measure import Window
+        from tuner.builtin.planner.memory import CONTEXT
         from tuner.builtin.planner.page import summary
 
         assert run.estimate is not None  # the model is described
@@ -117,7 +120,9 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         ]
         run.log.info("%s", summary(costs, card))
         self._window = Window(card)
-        self._card = card if run.device.type == "cuda" else None
+        # Of a card that is only named in the config nothing can be said of steps on another device.
+        on_it = card if run.device.type == "cuda" else None
+        self._account = Account(on_it, planned=self._beside.predicted.on_device - CONTEXT)
 
     @hookimpl
     def memory_advice(self, run: Run, model: Model) -> Iterable[str]:
@@ -132,7 +137,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
     @hookimpl
     def on_step_end(self, run: Run, model: Model, metrics: Mapping[str, Any]) -> None:
         """Once, when enough steps are done, say what they took."""
-        self._network = None if self._card is None else model.network.spec
+        self._network = model.network.spec
         if self._beside is not None:
             if run.is_main:
                 self._tell(run, self._beside)
@@ -149,16 +154,19 @@ class PlannerPlugin(Plugin[PlannerConfig]):
 
     @hookimpl
     def log_metrics(self, run: Run, line: Mapping[str, Any]) -> Mapping[str, float]:
-        """MFU of the line's step, in this process, where the card is known."""
-        if self._card is None or self._network is None:
+        """What the line's step had to do in this process and, on a known card, how near it came to its floor."""
+        if self._account is None or self._network is None or self._plan is None:
             return {}
-        from tuner.builtin.planner.measure import utilisation
+        network, dropped = self._network, line.get(DROPPED)
+        batches = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
+        what = (network.name, dropped, *((batch.bucket, len(batch.samples)) for batch in batches))
+        return self._account.numbers(line, what, lambda: self._workloads(run, network, dropped), dropped)
 
-        return {
-            "planner/mfu": utilisation(
-                self._workloads(run, self._network, line.get(DROPPED)), line["seconds"], self._card
-            )
-        }
+    @hookimpl
+    def on_train_end(self, run: Run, model: Model) -> None:
+        """Say in a line what the steps came to."""
+        if self._account is not None and (told := self._account.told()):
+            run.log.info("%s", told)
 
     def _tell(self, run: Run, beside: Beside) -> None:
         """Both peaks, in the run's log and, for whoever draws them, in a file."""

@@ -81,11 +81,6 @@ class Window:
         )
 
 
-def utilisation(workloads: Sequence[Workload], seconds: float, card: Card) -> float:
-    """MFU of a step: what its model computes in these micro-batches, over what large products reach on the card."""
-    return total(map(step_flops, workloads)).model / seconds / (card.matmul * 1e12)
-
-
 def as_routed(workload: Workload, dropped: float | None) -> Workload:
     """``workload`` in a step that left out the share ``dropped`` of all tokens' passes through blocks; None is as
     configured."""
