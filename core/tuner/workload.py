@@ -78,6 +78,8 @@ class Workload:
     """Every so many-th block is checkpointed."""
     lean_blocks: bool = False
     """Whether blocks compute token by token in pieces, and again in backward, what they would keep in float32."""
+    traffic: float = 1.0
+    """Elementwise traffic of a block beside that of the family's plain one."""
     feed_forward_tokens: int | None = None
     """Tokens that a feed-forward layer computes at a time, recomputed in backward; None is all, kept."""
     rendered: tuple[int, int, int] | None = None

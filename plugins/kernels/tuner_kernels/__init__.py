@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from tuner import Plugin, PluginConfig, hookimpl, key
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 OTHER_BLOCKS = "wan_lean_blocks"
 """A key of the Wan family that rewrites the same blocks."""
+
+
+WITH_TRITON, IN_PLAIN_TORCH = 0.15, 0.45
+"""Elementwise traffic beside that of plain blocks, LoRA r16, checkpointed, as `make bench` counts it."""
 
 
 class KernelsConfig(PluginConfig):
@@ -59,8 +64,10 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
-        """Blocks keep nothing in float32."""
-        return {"lean_blocks": True} if self.is_active(run.config) else {}
+        """Blocks keep nothing in float32, and move less."""
+        if not self.is_active(run.config):
+            return {}
+        return {"lean_blocks": True, "traffic": WITH_TRITON if find_spec("triton") else IN_PLAIN_TORCH}
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:

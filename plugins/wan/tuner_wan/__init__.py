@@ -18,6 +18,10 @@ MASKS = ("mask", "segmentation")
 """Roles of files that weigh the loss."""
 
 
+LEAN_TRAFFIC = 1.21
+"""Elementwise traffic of lean blocks beside that of plain ones, LoRA r16, checkpointed, as `make bench` counts it."""
+
+
 class WanConfig(PluginConfig):
     """Keys of the Wan family beside the core's own."""
 
@@ -60,7 +64,7 @@ class WanPlugin(Plugin[WanConfig]):
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
         """Whether blocks keep less."""
-        return {"lean_blocks": True} if self._keeps_less(run) else {}
+        return {"lean_blocks": True, "traffic": LEAN_TRAFFIC} if self._keeps_less(run) else {}
 
     @hookimpl
     def describe_model(self, run: Run) -> ModelSpec:

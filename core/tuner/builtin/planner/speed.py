@@ -47,6 +47,7 @@ def _block_seconds(workload: Workload, index: int, flops: StepFlops, card: Card)
         for constant, slope in (FORWARD_UNITS, BACKWARD_UNITS)
     )
     unit = tokens * workload.network.dim * workload.activation_bytes * clips / (card.bandwidth * TERA)
+    unit *= workload.traffic
     forward = _pass_seconds(flops.forward, card, card.attention) + forward_units * unit
     backward = (
         _pass_seconds(flops.recompute, card, card.attention)
