@@ -155,7 +155,7 @@ class TestPending(PluginContract):
 
 class TestPlanner(PluginContract):
     plugin = "planner"
-    legacy_keys = frozenset({"memory_preset", "plan_card"})
+    legacy_keys = frozenset({"memory_preset", "plan_card", "plan_ceilings"})
 
 
 class TestPreview(PluginContract):

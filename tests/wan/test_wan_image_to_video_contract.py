@@ -10,7 +10,6 @@ import torch
 
 from tuner import flow
 from tuner.testing.contract import FamilyContract
-from tuner.testing.family import FamilyBench
 from tuner_wan.tiny import build_tiny
 
 
@@ -34,8 +33,9 @@ class TestCleanFirstFrame(FamilyContract):
         base = build_tiny(folder / "wan", "ti2v-5b-2.2")
         return {"pretrained_model_name_or_path": str(base), "model_flavour": "ti2v-5b-2.2"}
 
-    def test_loss_is_that_of_the_prediction(self, bench: FamilyBench) -> None:
+    def test_loss_is_that_of_the_prediction(self) -> None:
         """Of the frames that are not given."""
+        bench = self.bench
         model, batch = bench.load(), bench.batch(bench.hand_over())
         with torch.no_grad():
             prediction = model.predict(batch)

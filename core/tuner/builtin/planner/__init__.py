@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.hookspecs import hookimpl
@@ -39,6 +40,11 @@ class PlannerConfig(PluginConfig):
         "Card that expected times are for, such as `H100` or `RTX 4090`. When absent, the one that a run trains on; "
         "without times where its rates are not known.",
     )
+    plan_ceilings: Path | None = key(
+        None,
+        "File with rates measured on this card, as `make gpu PART=ceilings` writes it: expected times and MFU are by "
+        "these instead of the known ones.",
+    )
     memory_preset: str = key(
         "none",
         "Choose settings that save memory by themselves, as `tuner plan --fit` ranks them: `auto` for the memory that "
@@ -63,9 +69,11 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         """What to choose settings for, where it is not the data."""
 
     def card(self) -> Card | None:
-        """The card named in the config. Raises ConfigError for one that is not known."""
-        from tuner.builtin.planner.cards import named
+        """The card that the config names, or measured rates. Raises ConfigError for one that is not known."""
+        from tuner.builtin.planner.cards import measured, named
 
+        if self.config.plan_ceilings is not None:
+            return measured(self.config.plan_ceilings, "plan_ceilings")
         return None if self.config.plan_card is None else named(self.config.plan_card)
 
     @hookimpl

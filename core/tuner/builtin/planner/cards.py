@@ -5,8 +5,10 @@ Only the H100's are measured. The others are the makers' peaks times what kernel
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from tuner.errors import ConfigError, nearest
 
@@ -79,6 +81,39 @@ CARDS = {
     )
 }
 """By the name that ``plan_card`` and ``--card`` take."""
+
+
+MEASURED = {
+    "matmul_tflops": "matmul",
+    "attention_forward_tflops": "attention",
+    "attention_backward_tflops": "attention_backward",
+    "copy_tb_per_s": "bandwidth",
+    "host_to_device_gb_per_s": "pcie",
+}
+"""Names in the file that `make gpu PART=ceilings` writes, and the rates that they are."""
+
+
+def measured(path: Path, where: str) -> Card:
+    """A card by rates that were measured on it. Raises ConfigError for a file that has none.
+
+    Arguments
+        where: the key that names the file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        rates = {ours: float(found[name]) for name, ours in MEASURED.items()}
+        device = str(found["device"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is no file of measured rates: {type(error).__name__}: {error}",
+            where=where,
+            allowed=f"a JSON object with device and the numbers {', '.join(MEASURED)}",
+            remedy="write it with `make gpu PART=ceilings`, or leave the key out",
+        ) from None
+    if wrong := [name for name, ours in MEASURED.items() if not 0 < rates[ours] < float("inf")]:
+        raise ConfigError(f"{path}: {', '.join(wrong)} must be above 0", where=where, remedy="measure again")
+    known = of_device(device, 0)
+    return Card(device, **rates, memory=known.memory if known else float("inf"), source=f"measured: {path}")
 
 
 def named(name: str, where: str = "plan_card") -> Card:
