@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tuner.builtin.planner.cards import Card
     from tuner.builtin.planner.costs import Shape
     from tuner.builtin.planner.measure import Window
-    from tuner.data.order import Order
+    from tuner.data.order import MicroBatch, Order
     from tuner.data.samples import Prepared
     from tuner.model import Model
     from tuner.run import Run
@@ -130,7 +130,7 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         self._window = Window(card)
         # Of a card that is only named in the config nothing can be said of steps on another device.
         on_it = card if run.device.type == "cuda" else None
-        self._account = Account(on_it, planned=self._beside.predicted.on_device - CONTEXT)
+        self._account = Account(on_it, run.process_count, self._beside.predicted.on_device - CONTEXT)
 
     @hookimpl
     def memory_advice(self, run: Run, model: Model) -> Iterable[str]:
@@ -162,13 +162,12 @@ class PlannerPlugin(Plugin[PlannerConfig]):
 
     @hookimpl
     def log_metrics(self, run: Run, line: Mapping[str, Any]) -> Mapping[str, float]:
-        """What the line's step had to do in this process and, on a known card, how near it came to its floor."""
+        """What the line's step had to do in all processes and, on a known card, how near it came to its floor."""
         if self._account is None or self._network is None or self._plan is None:
             return {}
-        network, dropped = self._network, line.get(DROPPED)
-        batches = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
+        network, dropped, batches = self._network, line.get(DROPPED), self._plan.micro_batches(run.step - 1)
         what = (network.name, dropped, *((batch.bucket, len(batch.samples)) for batch in batches))
-        return self._account.numbers(line, what, lambda: self._workloads(run, network, dropped), dropped)
+        return self._account.numbers(line, what, lambda: self._estimated(run, network, batches, dropped), dropped)
 
     @hookimpl
     def on_train_end(self, run: Run, model: Model) -> None:
@@ -198,13 +197,18 @@ class PlannerPlugin(Plugin[PlannerConfig]):
 
     def _workloads(self, run: Run, network: NetworkSpec, dropped: float | None) -> Sequence[Workload]:
         """Of the micro-batches that this process did in the last step."""
+        assert self._plan is not None
+        batches = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
+        return self._estimated(run, network, batches, dropped)
+
+    def _estimated(
+        self, run: Run, network: NetworkSpec, batches: Sequence[MicroBatch], dropped: float | None
+    ) -> Sequence[Workload]:
         from dataclasses import replace
 
         from tuner.builtin.planner.measure import as_routed
 
-        assert self._plan is not None
         assert run.estimate is not None
-        batches = self._plan.micro_batches(run.step - 1)[run.replica_index :: run.replica_count]
         estimated = [run.estimate(network, batch.bucket, len(batch.samples)) for batch in batches]
         return [as_routed(replace(each, micro_batches=1), dropped) for each in estimated]
 

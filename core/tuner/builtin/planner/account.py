@@ -22,7 +22,7 @@ KEPT = 256
 
 @dataclass(frozen=True)
 class Work:
-    """What the micro-batches of a step ask of this process."""
+    """What the micro-batches of a step ask of all processes."""
 
     tokens: float
     """S of a clip, on average"""
@@ -31,7 +31,7 @@ class Work:
     model: float
     """what MFU counts"""
     floor: float | None
-    """seconds at the least, where the card is known"""
+    """seconds at the least on one card, where it is known"""
 
     @classmethod
     def of(cls, workloads: Sequence[Workload], card: Card | None) -> Work:
@@ -45,9 +45,11 @@ class Work:
 
 @dataclass
 class Account:
-    """The logged steps of a run in one process."""
+    """The logged steps of a run."""
 
     card: Card | None
+    processes: int = 1
+    """that share each step's work"""
     planned: float | None = None
     """bytes on the device at the peak, by the plan, without CUDA's context"""
     _works: dict[Any, Work] = field(default_factory=dict)
@@ -73,8 +75,8 @@ class Account:
         self._remember(work, took, dropped, line.get("peak_memory_bytes", 0))
         found = {"planner/tokens": work.tokens, "planner/tflop": work.flops / TERA}
         if self.card is not None and work.floor is not None:
-            found["planner/mfu"] = work.model / took / (self.card.matmul * TERA)
-            found["planner/times_floor"] = took / work.floor
+            found["planner/mfu"] = work.model / took / self._rate(self.card)
+            found["planner/times_floor"] = took * self.processes / work.floor
         return found
 
     def told(self) -> str | None:
@@ -87,8 +89,10 @@ class Account:
         parts.append(f"{tera(median(each.flops for each in works))} and {seconds(took)} a step")
         if self.card is not None:
             used = median(work.model / one for work, one in zip(works, self._seconds, strict=True))
-            parts.append(f"MFU {used / (self.card.matmul * TERA):.0%}")
-            over = median(one / work.floor for work, one in zip(works, self._seconds, strict=True) if work.floor)
+            parts.append(f"MFU {used / self._rate(self.card):.0%}")
+            over = self.processes * median(
+                one / work.floor for work, one in zip(works, self._seconds, strict=True) if work.floor
+            )
             parts.append(f"{over:.2f} times the floor of {self.card.name}")
         if self._peak:
             planned = "" if self.planned is None else f" ({self.planned / GIB:.2f} planned)"
@@ -96,6 +100,10 @@ class Account:
         if self._dropped:
             parts.append(f"{median(self._dropped):.0%} of the tokens' passes through blocks left out by routes")
         return f"speed: {', '.join(parts)}"
+
+    def _rate(self, card: Card) -> float:
+        """FLOP/s that large products reach on all cards of the run."""
+        return card.matmul * TERA * self.processes
 
     def _remember(self, work: Work, took: float, dropped: float | None, peak: float) -> None:
         self._seconds.append(took)
