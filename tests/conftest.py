@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -13,6 +14,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The last one: without compiled modules each of a few hundred processes would compile ours anew.
 for _setting in ("TRAINER_EXTRA_ARGS", "WAN_FEED_FORWARD_CHUNK_SIZE", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(_setting, None)
+
+# A suite that a shell started in the background ignores SIGINT, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
