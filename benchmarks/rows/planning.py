@@ -48,7 +48,7 @@ def memory(folder: Path, count: int) -> list[Row]:
     errors: dict[str, float] = {}
     for name, case in list(counts.CASES.items())[:count]:
         run, spec, workload = counts.described(case, folder / "plan")
-        truth = counts.counted(spec, run, workload, spec.adapter_targets)
+        truth = counts.counted(case, spec, run, workload)
         errors[name] = abs((predict(workload).on_device - CONTEXT) / truth - 1)
     worst = max(errors, key=lambda name: errors[name])
     note = f"worst: {worst}; mean {sum(errors.values()) / len(errors):.2%}"

@@ -8,7 +8,7 @@ are not counted: they are traffic, not arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 from functools import reduce
 from math import prod
@@ -123,7 +123,9 @@ def _block(workload: Workload, tokens: int, checkpointed: bool) -> StepFlops:
     recompute = Pass()
     if checkpointed:
         kept = self_attention if workload.checkpointing == "selective" else 0.0
-        recompute = Pass(over_tokens + over_context + adapters, attention - kept)
+        once = workload.activations(workload, tokens, True).once if workload.activations else frozenset()
+        again = sum(_matrices(network, tokens, without=once))
+        recompute = Pass(again + adapters, attention - kept)
     recompute += Pass(_chunked_feed_forward(workload, tokens))
     return StepFlops(
         forward=Pass(over_tokens + over_context + adapters, attention) * clips,
@@ -134,10 +136,11 @@ def _block(workload: Workload, tokens: int, checkpointed: bool) -> StepFlops:
     )
 
 
-def _matrices(network: NetworkSpec, tokens: int) -> tuple[float, float]:
+def _matrices(network: NetworkSpec, tokens: int, without: Set[str] = frozenset()) -> tuple[float, float]:
     """Forward FLOP of a block's matrices on one clip: of those over tokens, and of those over text and frames."""
     length = {"tokens": tokens, "text": network.text_tokens, "image": network.image_tokens}
-    cost = [(linear, 2.0 * length[linear.over] * linear.inputs * linear.outputs) for linear in network.matrices]
+    found = [linear for linear in network.matrices if linear.name not in without]
+    cost = [(linear, 2.0 * length[linear.over] * linear.inputs * linear.outputs) for linear in found]
     return (
         sum(flops for linear, flops in cost if linear.over == "tokens"),
         sum(flops for linear, flops in cost if linear.over != "tokens"),

@@ -81,7 +81,10 @@ class Activations:
     around: Held = Held()
     """Held throughout for each token of the clip, beside the blocks."""
     inputs: frozenset[str] = frozenset()
-    """Names of inputs of matrices that are among ``kept``: an adapter keeps no more of these."""
+    """Names of inputs of matrices that are among ``kept``, or made again: an adapter keeps no more of these. ``text``
+    is what all blocks read, which matrices over the text may be given as it is."""
+    once: frozenset[str] = frozenset()
+    """Names of matrices that the recomputation of a checkpointed block leaves out."""
     lean: tuple[int, Activations] | None = None
     """What it holds instead where it keeps less and sees more tokens of a clip than so many."""
     companions: float = 0.0

@@ -6,8 +6,8 @@ models of speed and memory (the built-in ``planner``) read nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from tuner.errors import PluginError
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tuner.data.samples import Bucket
     from tuner.manager import Manager
     from tuner.run import Run
-    from tuner.spec import LatentGeometry, ModelSpec, NetworkSpec
+    from tuner.spec import Activations, LatentGeometry, ModelSpec, NetworkSpec
 
 BYTES = {"bf16": 2.0, "fp32": 4.0}
 
@@ -78,6 +78,9 @@ class Workload:
     """Every so many-th block is checkpointed."""
     lean_blocks: bool = False
     """Whether blocks compute token by token in pieces, and again in backward, what they would keep in float32."""
+    activations: Callable[[Workload, int, bool], Activations] | None = field(default=None, compare=False, repr=False)
+    """What a block holds, where a plugin computes it in a way of its own: given this, how many tokens of a clip the
+    block sees, and whether it is checkpointed. None is as the family says."""
     traffic: float = 1.0
     """Elementwise traffic of a block beside that of the family's plain one."""
     feed_forward_tokens: int | None = None
@@ -97,7 +100,7 @@ class Workload:
         return tuple(tokens - round(tokens * share) for share in dropped)
 
 
-FIELDS = frozenset(field.name for field in fields(Workload))
+FIELDS = frozenset(each.name for each in fields(Workload))
 
 
 def of(run: Run, spec: ModelSpec, manager: Manager, network: NetworkSpec, bucket: Bucket, samples: int) -> Workload:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tuner.run import Run
     from tuner.spec import ModelSpec
     from tuner.workload import Workload
+    from tuner_kernels.costs import Apart
 
 OTHER_BLOCKS = "wan_lean_blocks"
 """A key of the Wan family that rewrites the same blocks."""
@@ -22,6 +24,10 @@ OTHER_BLOCKS = "wan_lean_blocks"
 
 WITH_TRITON, IN_PLAIN_TORCH = 0.15, 0.45
 """Elementwise traffic beside that of plain blocks, LoRA r16, checkpointed, as `make bench` counts it."""
+LORA_APART = ("lora_dropout", "use_dora")
+"""Keys with which LoRA is more than two matrices, and left to its own modules."""
+LAYER_BY_LAYER = {"enable_group_offload": True, "group_offload_type": "leaf_level"}
+"""Keys with which every matrix moves by itself, and is multiplied by its own module."""
 
 
 class KernelsConfig(PluginConfig):
@@ -64,10 +70,16 @@ class KernelsPlugin(Plugin[KernelsConfig]):
 
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
-        """Blocks keep nothing in float32, and move less."""
-        if not self.is_active(run.config):
+        """Blocks hold less, compute less again, and move less."""
+        from tuner_kernels import costs
+
+        if not self.is_active(run.config) or not costs.is_of_wan(workload.network):
             return {}
-        return {"lean_blocks": True, "traffic": WITH_TRITON if find_spec("triton") else IN_PLAIN_TORCH}
+        kernels = find_spec("triton") is not None
+        return {
+            "activations": partial(costs.activations, kernels=kernels, apart=_apart(run)),
+            "traffic": WITH_TRITON if kernels else IN_PLAIN_TORCH,
+        }
 
     @hookimpl
     def model_transforms(self, run: Run, model: Model) -> Iterable[Transform]:
@@ -80,3 +92,11 @@ class KernelsPlugin(Plugin[KernelsConfig]):
         if unknown and run.is_main:
             run.log.warning("fused_blocks has no effect on %s: its blocks are not those of Wan", ", ".join(unknown))
         return [transform(frozenset(model.networks) - set(unknown))]
+
+
+def _apart(run: Run) -> Apart:
+    """What keys of other plugins leave to its own modules."""
+    configs = [plugin.config for plugin in run.plugins.values()]
+    if any(all(getattr(each, name, None) == value for name, value in LAYER_BY_LAYER.items()) for each in configs):
+        return "matrices"
+    return "lora" if any(getattr(each, name, False) for each in configs for name in LORA_APART) else "nothing"

@@ -21,9 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tuner_kernels import functions, linears, recompute
+from tuner_kernels.costs import PIECE_TOKENS
 
-PIECE_TOKENS = 4096
-"""Of one sample, computed together."""
 OF_A_MATRIX = 4
 """Tensors that make a matrix: W (O, I), b (O,) or None, A (r, I) or None, B (O, r) or None."""
 

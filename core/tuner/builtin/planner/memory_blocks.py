@@ -10,6 +10,8 @@ from tuner.spec import Activations, Held, NetworkSpec
 from tuner.workload import Workload
 
 FLOAT32 = 4
+TEXT = "text"
+"""Among an adapter's inputs: what all blocks read, as it is."""
 RING = 2
 """Blocks that stream through the device at a time, where each moves alone."""
 USUAL = Activations(
@@ -62,6 +64,16 @@ def activations_of(workload: Workload) -> Activations:
     return network.activations(network, trained, network.per_token_times and workload.shape[0] > 1)
 
 
+def held_by(workload: Workload, tokens: int, *, checkpointed: bool) -> Activations:
+    """What a block holds of each of the ``tokens`` of a clip that it sees, feed-forwards in chunks included."""
+    if workload.activations is not None:
+        return workload.activations(workload, tokens, checkpointed)
+    held, chunk = activations_of(workload), _chunk(workload, tokens)
+    if workload.lean_blocks and held.lean is not None and tokens > held.lean[0]:
+        held = held.lean[1]
+    return held if chunk is None else _chunked(held, chunk, trained=workload.trained == "network")
+
+
 def bytes_of(held: Held, network: NetworkSpec, width: float) -> float:
     """Bytes for one token, ``width`` being those of an element of an activation."""
     return held.dim * network.dim * width + held.float32 * network.dim * FLOAT32 + held.wide * network.ffn_dim * width
@@ -69,23 +81,22 @@ def bytes_of(held: Held, network: NetworkSpec, width: float) -> float:
 
 def blocks_of(workload: Workload) -> list[Block]:
     """The blocks of the forward that takes most, in order: with a ramp of the routes there are steps without any."""
-    held = activations_of(workload)
     most = replace(workload, dropped=()) if workload.dropped_sometimes else workload
-    return [_block(workload, held, index, tokens) for index, tokens in enumerate(most.block_tokens)]
+    found = [_block(workload, index, tokens) for index, tokens in enumerate(most.block_tokens)]
+    return [
+        replace(block, held=block.held + block.input) if after.input < block.input else block
+        for block, after in zip(found, [*found[1:], found[-1]], strict=True)
+    ]
 
 
-def _block(workload: Workload, held: Activations, index: int, tokens: int) -> Block:
+def _block(workload: Workload, index: int, tokens: int) -> Block:
     network, width, seen = workload.network, workload.activation_bytes, workload.samples * tokens
 
     def size(each: Held) -> float:
         return seen * bytes_of(each, network, width)
 
-    if workload.lean_blocks and held.lean is not None and tokens > held.lean[0]:
-        held = held.lean[1]
-    chunk = _chunk(workload, tokens)
-    if chunk is not None:
-        held = _chunked(held, chunk, trained=workload.trained == "network")
     checkpointed = is_checkpointed(workload, index)
+    held = held_by(workload, tokens, checkpointed=checkpointed)
     offloaded = checkpointed and workload.checkpointing == "offload"
     kept = size(held.kept) + _kept_beside(workload, held, index, tokens)
     inputs, attention = size(Held(dim=1)), size(Held(dim=1)) + seen * FLOAT32 * network.heads
@@ -115,11 +126,12 @@ def _kept_beside(workload: Workload, held: Activations, index: int, tokens: int)
     on_text = workload.adapter_parameters_on_text
     on_tokens = workload.adapter_parameters - on_text
     between = on_tokens / network.blocks / (2 * network.dim)
-    text_width = workload.adapted_width * on_text / on_tokens if on_tokens else 0.0
-    adapted = workload.adapted_width - network.dim * len(held.inputs & workload.adapted_inputs)
+    text_width = workload.adapted_width * on_text / on_tokens if on_tokens and TEXT not in held.inputs else 0.0
+    widths = {each.input or each.name: each.inputs for each in network.matrices}
+    adapted = workload.adapted_width - sum(widths[name] for name in held.inputs & workload.adapted_inputs)
     token = 2 * FLOAT32 * network.heads + width * (adapted + between)
     token += held.companions * (tokens < workload.tokens)
-    if index == 0 and workload.trained == "adapter" and held.kept.float32:
+    if index == 0 and workload.trained == "adapter" and workload.activations is None and held.kept.float32:
         token -= FLOAT32 * network.dim
     read = network.text_tokens + network.image_tokens
     context = read * bytes_of(held.context, network, width) + network.text_tokens * width * text_width

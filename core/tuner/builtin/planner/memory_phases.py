@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuner.builtin.planner.memory import CONTEXT, Memory, around, predict, weights, without_zeros
-from tuner.builtin.planner.memory_blocks import FLOAT32, activations_of, block_bytes, bytes_of, plain_bytes
+from tuner.builtin.planner.memory_blocks import FLOAT32, block_bytes, bytes_of, held_by, plain_bytes
 from tuner.spec import ModelSpec
 from tuner.workload import Workload
 
@@ -129,7 +129,7 @@ def _per_pixel(size: Mapping[str, float], what: str, frames: int) -> float:
 def rendering(workload: Workload) -> Memory:
     """One forward of the network on one clip: with guidance, the two run one after the other."""
     network, width = workload.network, workload.activation_bytes
-    held = activations_of(workload)
+    held = held_by(workload, workload.tokens, checkpointed=False)
     limit = workload.feed_forward_tokens
     share = 1.0 if limit is None else min(1.0, limit / workload.tokens)
     sizes = (replace(each, wide=each.wide * share) for each in held.inference)
