@@ -48,15 +48,12 @@ def survey(assembly: Assembly) -> Survey:
     Raises the first ConfigError, ModelError or DataError that the user can mend.
     """
     from tuner import flow
-    from tuner.data import compression
 
     run = new_run(assembly)
     run.optimizers = assembly.manager.registry("optimizers", run)
     run.lr_curves = assembly.manager.registry("lr_curves", run)
     optimizers.check(run)
     schedules.check(run)
-    if run.config.compress_disk_cache:
-        compression.zstandard()
     spec = describe(run, assembly.manager)
     flow.check(run.config, spec.networks)
     with output.writable(run.output_dir):

@@ -278,20 +278,20 @@ class TrainingHooks:
         """
 
     @hookspec
-    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
+    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path | Callable[[], object]]:
         """Write what people use elsewhere: LoRA files, exported weights.
 
         Called: all, at every checkpoint and at the end, on every process (gathers are collective); the main one writes.
         Arguments: ``run``; ``model``; ``directory``, made for this save: write nowhere else.
-        Returns: the files written; the core hashes them into the checkpoint's manifest.
+        Returns: the files written, or functions that write them: a thread calls these while training goes on, so they
+        hold copies of what training changes. The core hashes all that is in the folder into the checkpoint's manifest.
 
         Example::
 
             @hookimpl
             def save(self, run, model, directory):
-                path = directory / "notes.txt"
-                path.write_text(f"step {run.step}")
-                return [path]
+                taken = {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
+                return [partial(save_file, taken, directory / "mine.safetensors")] if run.is_main else []
         """
 
     @hookspec

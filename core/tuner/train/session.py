@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tuner.train.engine import Engine
 from tuner.train.turns import Turns, hand_over
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -58,6 +59,8 @@ class Session:
     optimizer, validate, save."""
     skipped: int = 0
     """Steps left out one after the other, because their loss or gradients were no numbers."""
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Set where no checkpoint is still to be copied: until then no trained weight may change."""
     stepping: bool = False
     """Whether an optimizer is changing the weights, or was when something went wrong."""
     _resident: str | None = None
@@ -67,6 +70,7 @@ class Session:
         self.turns = Turns(names, self.model.spec.switch_steps or max(1, self.total))
         self.unchecked.update(names)
         self.loader.draw = self.draw
+        self.copied.set()
         for name, network in self.model.networks.items():
             if network.adapter is not None:
                 made = optimizers.make(self.run, network.adapter.groups, self.engine.device)
@@ -146,15 +150,21 @@ class Session:
             contents |= state.of_network(network, self.optimizers[network.name], parts)
         return contents
 
-    def export_into(self, directory: Path) -> None:
-        """Let the plugins write what people use elsewhere into ``directory``; the main process has made it."""
+    def export_into(self, directory: Path) -> list[Callable[[], object]]:
+        """Let the plugins write what people use elsewhere into ``directory``, which the main process has made.
+
+        Returns what is still to be called: it writes what was taken from the weights as they are now.
+        """
         found = variants.offered(self.run, self.model, self.manager, "save")
+        later: list[Callable[[], object]] = []
         with optimizers.averaged(self.optimizers.values()):
             for name in found:
                 if self.run.is_main:
                     (directory / name).mkdir(exist_ok=True)
                 with variants.in_place(self.run, found, name):
-                    self.manager.hook.save(run=self.run, model=self.model, directory=directory / name)
+                    given = self.manager.hook.save(run=self.run, model=self.model, directory=directory / name)
+                    later += [each for written in given for each in written if callable(each)]
+        return later
 
     def restore(self, directory: Path) -> None:
         """Take everything back from a whole checkpoint. Raises CheckpointError when it does not fit."""

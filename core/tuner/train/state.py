@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ class Contents:
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """JSON values"""
+    of_optimizer: bool = False
+    """whether only an optimizer's step changes it"""
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +73,7 @@ class Contents:
         """The same on the host, in storage that no later step changes: that of ``into``, where it fits."""
         there = {} if into is None else into.tensors
         tensors = {name: _copied(tensor.detach(), there.get(name)) for name, tensor in self.tensors.items()}
-        return Contents(tensors, json.loads(json.dumps(self.numbers)))
+        return replace(self, tensors=tensors, numbers=json.loads(json.dumps(self.numbers)))
 
 
 def _copied(tensor: Tensor, into: Tensor | None) -> Tensor:
@@ -99,9 +101,14 @@ def of_network(
             homes[isinstance(value, Tensor)][f"group.{index}.{name}"] = value
     plain, recipes = taken_apart(sharded.for_file(stepped, homes[True], parts))
     return {
-        trained: Contents(sharded.for_file(trained, network.adapter.state(), parts)),
-        stepped: Contents(plain, {**homes[False], **recipes}),
+        trained: Contents(_views(sharded.for_file(trained, network.adapter.state(), parts)), of_optimizer=True),
+        stepped: Contents(_views(plain), {**homes[False], **recipes}, of_optimizer=True),
     }
+
+
+def _views(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory, also where a parameter is given other memory for the time of a block."""
+    return {name: each.detach() for name, each in tensors.items()}
 
 
 def load_network(network: Network, optimizer: torch.optim.Optimizer, directory: Path) -> None:

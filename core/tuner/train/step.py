@@ -66,7 +66,9 @@ def train_step(session: Session) -> StepResult:
         metrics.update(loss.metrics)
         # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
         scaled = loss.per_sample.sum() / (samples * run.sharing) if counts else loss.per_sample.sum() * 0
-        session.stepping = release is not None
+        if release is not None:
+            session.copied.wait()
+            session.stepping = True
         with session.timed("backward"):
             if release is None or math.isfinite(scaled.item()):
                 scaled.backward()  # type: ignore[no-untyped-call]
@@ -80,22 +82,27 @@ def train_step(session: Session) -> StepResult:
     norm = clip_gradients(session) if release is None else release.finish()
     with session.timed("device"):
         value, norm_value, *measured = _read(total, norm, *metrics.values())
+    session.copied.wait()
     finite = math.isfinite(value) and math.isfinite(norm_value)
     if finite:
         session.skipped = 0
         session.unchecked.discard(network.name)
     if finite and release is None:
-        session.stepping = True
-        # Replicas must round alike, where an optimizer rounds at random.
-        rng.seed_global(run.config.seed, "optimizer", run.step)
-        with session.timed("optimizer"):
-            optimizer.step()
+        _change_weights(session, optimizer)
     session.stepping = False
     optimizer.zero_grad(set_to_none=True)
     if not finite:
         everywhere = [sample for part in processes.gather(seen) for sample in part]
         _nonfinite(session, value, norm_value, everywhere, spoilt=bool(reached))
     return StepResult(value, norm_value, rate, samples, not finite, dict(zip(metrics, measured, strict=True)))
+
+
+def _change_weights(session: Session, optimizer: torch.optim.Optimizer) -> None:
+    session.stepping = True
+    # Replicas must round alike, where an optimizer rounds at random.
+    rng.seed_global(session.run.config.seed, "optimizer", session.run.step)
+    with session.timed("optimizer"):
+        optimizer.step()
 
 
 def _read(total: Tensor, *scalars: Tensor) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -153,22 +153,22 @@ class LycorisPlugin(Plugin[LycorisConfig]):
         return attach(network, chosen, self.settings, run.device)
 
     @hookimpl
-    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
+    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Callable[[], None]]:
         """Write one file for each network, its tensors checked against the network's matrices."""
         if not self.is_active(run.config):
             return []
         from tuner.builtin.adapter_file import save
         from tuner_lycoris import files
 
-        written, layout = [], self._format(run)
+        writes, layout = [], self._format(run)
         for network in model.networks.values():
             described = files.described(model.spec, network.spec, self._facts(run))
             tensors, metadata = files.export(network.module, model.spec, layout, described)
             if run.is_main:
                 path = directory / files.file_name(network.spec, alone=len(model.networks) == 1)
-                save(tensors, metadata, path)
-                written.append(path)
-        return written
+                taken = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+                writes.append(partial(save, taken, metadata, path))
+        return writes
 
     def _facts(self, run: Run) -> dict[str, Any]:
         """What the file's metadata says of the training, beside the model."""

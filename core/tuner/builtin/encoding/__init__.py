@@ -20,6 +20,14 @@ class EncodingPlugin(Plugin[PluginConfig]):
     """Encodes captions, clips and masks once; each process its share, and only what the cache lacks."""
 
     @hookimpl
+    def configure(self, run: Run) -> None:
+        """Ask for the package that compressed entries need. Raises ConfigError when it is not installed."""
+        if run.config.compress_disk_cache:
+            from tuner.builtin.encoding import compression
+
+            compression.zstandard()
+
+    @hookimpl
     def fill_cache(
         self, run: Run, model: Model, data: Prepared, captions: Sequence[str], hooks: EncodeHooks, verify: bool
     ) -> CachedData:

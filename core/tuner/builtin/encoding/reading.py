@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuner.builtin.encoding import compression
 from tuner.builtin.encoding.stamps import Stamp
-from tuner.data import compression
 
 CHECKSUM = "sha256"
 PACKED = ".zst"

@@ -22,9 +22,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tuner.builtin.encoding import reading
+from tuner.builtin.encoding import compression, reading
 from tuner.builtin.encoding.stamps import Stamp, Stamps
-from tuner.data import compression
 from tuner.errors import DataError
 from tuner.files import atomic_write_bytes
 

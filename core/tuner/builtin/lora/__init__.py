@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -244,13 +245,13 @@ class LoraPlugin(Plugin[LoraConfig]):
         return adapter
 
     @hookimpl
-    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Path]:
+    def save(self, run: Run, model: Model, directory: Path) -> Iterable[Callable[[], None]]:
         """Write one LoRA file for each network, its keys checked against the network's modules."""
         if not self.is_active(run.config):
             return []
         from tuner.builtin.lora import files as lora_files
 
-        written = []
+        writes = []
         for network in model.networks.values():
             if network.adapter is None:
                 continue
@@ -259,9 +260,8 @@ class LoraPlugin(Plugin[LoraConfig]):
             lora_files.verify(file.tensors, self._shapes[network.name], model.spec, self.config.lora_format)
             if run.is_main:
                 path = directory / lora_files.file_name(network.spec, alone=len(model.networks) == 1)
-                lora_files.write(file, path)
-                written.append(path)
-        return written
+                writes.append(partial(lora_files.write, file, path))
+        return writes
 
     def _facts(self, run: Run) -> dict[str, Any]:
         """What the file's metadata says of the training, beside model and adapter."""
