@@ -86,7 +86,8 @@ def train(bench: Bench):
             after = network.adapter.state()
             folder = bench.folder / "saved" / str(steps.cache_info().misses)
             folder.mkdir(parents=True)
-            session.export_into(folder)
+            for write in session.export_into(folder):
+                write()
             tensors = load_file(folder / "pytorch_lora_weights.safetensors")
             assert all(each.isfinite().all() for each in tensors.values())
             assert len({name.split(".")[2] for name in tensors}) == 3

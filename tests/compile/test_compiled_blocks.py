@@ -55,7 +55,8 @@ def train(bench: Bench, output: Path, *features: str, **keys: Any) -> tuple[list
             session.run.step = step
             losses.append(train_step(session).loss)
         output.mkdir()
-        session.export_into(output)
+        for write in session.export_into(output):
+            write()
     [file] = output.glob("*.safetensors")
     return losses, load_file(file)
 

@@ -96,7 +96,8 @@ def train(bench: Bench):
             saved = bench.folder / "saved" / str(steps.cache_info().misses)
             saved.mkdir(parents=True)
             state.write_all(saved, session.contents())
-            session.export_into(saved)
+            for write in session.export_into(saved):
+                write()
             check_saved(saved, names)
             changed = sum(not torch.equal(before[name], after[name]) for name in before)
             return Trained(*zip(*done, strict=True), changed, len(before))
