@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import pytest
@@ -21,7 +23,10 @@ from tuner.flops import StepFlops, step_flops
 from tuner.spec import LatentGeometry, NetworkSpec
 from tuner.workload import Workload
 from tuner_chunked_ff.chunk import install as install_chunks
+from tuner_kernels import block as fused
+from tuner_kernels import costs
 from tuner_wan.describe import describe
+from tuner_wan.dimensions import linears
 from tuner_wan.flavours import FLAVOURS
 from tuner_wan.stack import WanStack
 
@@ -103,15 +108,21 @@ def test_every_kind_of_wan_is_counted_as_torch_counts_it(flavour: str) -> None:
 
 
 BLOCKS, DIM, WIDE, TEXT, TOKENS = 4, 384, 1024, 256, 1280
-GRID = (5, 32, 32)
+GRID, SHORT_GRID = (5, 32, 32), (5, 16, 16)
 NETWORK = NetworkSpec("net", BLOCKS, DIM, 3, WIDE, TEXT, 512, 16)
+OF_WAN = replace(NETWORK, linears=linears(DIM, WIDE))
+IN_FEW = partial(costs.activations, kernels=False)
 
 
-def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -> dict[str, int]:
-    """FLOP by operator that torch counts in a forward and a backward under the block driver, without storage."""
-    with torch.device("meta"):
+def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None, *, few: bool = False) -> dict[str, int]:
+    """FLOP by operator that torch counts in a forward and a backward under the block driver, without storage.
+
+    Fused blocks (``few``) are computed, on a quarter of the tokens: they switch autocast off, which meta has not.
+    """
+    with torch.device("cpu" if few else "meta"):
         module = WanTransformer3DModel(num_attention_heads=3, text_dim=TEXT, ffn_dim=WIDE, num_layers=BLOCKS)
-        inputs = torch.randn(1, 16, *GRID), torch.zeros(1), torch.randn(1, 512, TEXT)
+        grid = SHORT_GRID if few else GRID
+        inputs = torch.randn(1, 16, *grid), torch.zeros(1), torch.randn(1, 512, TEXT)
     if mode == "lora":
         module.requires_grad_(False)
         module.add_adapter(LORA)
@@ -119,10 +130,40 @@ def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -
     if chunk is not None:
         for block in module.blocks:
             install_chunks(block.ffn, chunk)
-    with FlopCounterMode(display=False) as counter:
+    for block in module.blocks if few else ():
+        fused.install(block)
+    # Which torch does not count by itself.
+    in_place = {torch.ops.aten.addmm_: lambda _, one, other, **__: 2 * prod(one) * other[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         (output,) = module(*inputs, return_dict=False)
         output.square().mean().backward()
     return {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+
+
+FIRST = 2.0 * TOKENS * 3 * (DIM * DIM + DIM * 16)
+"""Torch finds that the first block's input needs no gradient: three matrices and their adapters less."""
+
+
+def policy(name: str, interval: int) -> Checkpointing | None:
+    """Checkpointing by its name."""
+    return {"none": None, "full": Checkpointing(interval), "selective": Selective(interval)}[name]
+
+
+def small(mode: str, name: str, interval: int, chunk: int | None) -> Workload:
+    """What :func:`counted` runs."""
+    adapters = BLOCKS * 8 * 16 * 2 * DIM if mode == "lora" else 0
+    return Workload(
+        NETWORK,
+        LatentGeometry(16, 4, 8),
+        (17, 256, 256),
+        1,
+        trained="adapter" if mode == "lora" else "network",
+        adapter_parameters=adapters,
+        adapter_parameters_on_text=adapters // 4,
+        checkpointing=name,
+        checkpointing_interval=interval,
+        feed_forward_tokens=chunk,
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,30 +182,29 @@ def counted(mode: str, checkpointing: Checkpointing | None, chunk: int | None) -
 )
 def test_a_whole_step_is_counted_as_torch_counts_it(mode: str, name: str, interval: int, chunk: int | None) -> None:
     """Forward, recomputation and backward, the product's own code."""
-    policy = {"none": None, "full": Checkpointing(interval), "selective": Selective(interval)}[name]
-    operators = counted(mode, policy, chunk)
-    adapters = BLOCKS * 8 * 16 * 2 * DIM if mode == "lora" else 0
-    found = step_flops(
-        Workload(
-            NETWORK,
-            LatentGeometry(16, 4, 8),
-            (17, 256, 256),
-            1,
-            trained="adapter" if mode == "lora" else "network",
-            adapter_parameters=adapters,
-            adapter_parameters_on_text=adapters // 4,
-            checkpointing=name,
-            checkpointing_interval=interval,
-            feed_forward_tokens=chunk,
-        )
-    )
-    # Torch finds that the first block's input needs no gradient: three matrices and their adapters less.
-    first = 2.0 * TOKENS * 3 * (DIM * DIM + DIM * 16) if mode == "lora" else 0.0
+    operators = counted(mode, policy(name, interval), chunk)
+    found = step_flops(small(mode, name, interval, chunk))
+    first = FIRST if mode == "lora" else 0.0
     attention = operators.pop("aten.bmm")
     assert sum(operators.values()) == pytest.approx(found.linear - first, rel=5e-3)
     if name != "selective":  # without storage torch takes its plain kernel, which cannot be kept, and whose
         # backward is four products for two
         assert attention == pytest.approx(found.attention_forward + found.backward.attention * 2 / 2.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "chunk", "times"),
+    [("none", 1, None, 0), ("full", 2, None, 2), ("selective", 1, None, 4), ("full", 1, 100, 0)],
+)
+def test_a_fused_block_computes_its_last_product_once(name: str, interval: int, chunk: int | None, times: int) -> None:
+    """In so many of four blocks: those that are checkpointed, and whose feed-forward is not chunked."""
+    operators = counted("lora", policy(name, interval), chunk, few=True)
+    plain = replace(small("lora", name, interval, chunk), network=OF_WAN, shape=(17, 128, 128))
+    found = step_flops(replace(plain, activations=IN_FEW))
+    del operators["aten.bmm"]  # sums over rows, written as products
+    assert sum(operators.values()) == pytest.approx(found.linear - FIRST / 4, rel=5e-3)
+    assert step_flops(plain).hardware - found.hardware == times * 2 * plain.tokens * DIM * WIDE
+    assert found.model == step_flops(plain).model
 
 
 def test_selective_checkpointing_computes_self_attention_once() -> None:

@@ -218,9 +218,9 @@ CASES = {
     "1.3B, two clips, chunked": Case(SMALL, (33, 480, 832), 2, blocks=2, keys=CHUNKED),
     "1.3B, routes": Case(SMALL, CLIP, blocks=4, keys=TREAD),
     "1.3B, routes, none": Case(SMALL, (33, 480, 832), blocks=4, keys={**TREAD, "gradient_checkpointing": False}),
-    "14B, selective": Case(LARGE, CLIP, keys={"gradient_checkpointing": "selective"}),
+    "14B, selective": Case(LARGE, CLIP, blocks=2, keys={"gradient_checkpointing": "selective"}),
     "14B, offload, streamed, chunked": Case(
-        LARGE, CLIP, keys={"gradient_checkpointing": "offload", **STREAMED, **CHUNKED}
+        LARGE, CLIP, blocks=2, keys={"gradient_checkpointing": "offload", **STREAMED, **CHUNKED}
     ),
     "14B, one picture, streamed": Case(LARGE, PICTURE, blocks=4, keys={**STREAMED, "group_offload_resident_blocks": 1}),
     "14B, every second block": Case(LARGE, (33, 480, 832), blocks=4, keys={"gradient_checkpointing_interval": 2}),
@@ -230,7 +230,7 @@ CASES = {
     ),
     "5B, lean, offload": Case(TI2V, (121, 704, 1280), blocks=2, keys={"gradient_checkpointing": "offload", **LEAN}),
     "14B I2V 2.1, lean, every second block": Case(
-        I2V, (49, 480, 832), keys={"gradient_checkpointing_interval": 2, **LEAN}
+        I2V, (49, 480, 832), blocks=2, keys={"gradient_checkpointing_interval": 2, **LEAN}
     ),
     "5B, a time for each token": Case(TI2V, (81, 704, 1280)),
     "5B, pictures": Case(TI2V, (1, 704, 1280), 2, keys={"gradient_checkpointing": "offload"}),
@@ -243,7 +243,7 @@ CASES = {
     ),
     "1.3B, fused, routes, kernels": Case(SMALL, CLIP, blocks=4, keys={**FUSED, **TREAD}, kernels=True),
     "1.3B, fused, LoRA everywhere": Case(SMALL, CLIP, blocks=2, keys={**FUSED, "lora_target_modules": EVERYWHERE}),
-    "14B, fused, selective": Case(LARGE, CLIP, keys={**FUSED, "gradient_checkpointing": "selective"}),
+    "14B, fused, selective": Case(LARGE, CLIP, blocks=2, keys={**FUSED, "gradient_checkpointing": "selective"}),
     "14B, fused, offload, streamed, kernels": Case(
         LARGE, CLIP, blocks=2, keys={"gradient_checkpointing": "offload", **FUSED, **STREAMED}, kernels=True
     ),
