@@ -85,8 +85,6 @@ class Activations:
     is what all blocks read, which matrices over the text may be given as it is."""
     once: frozenset[str] = frozenset()
     """Names of matrices that the recomputation of a checkpointed block leaves out."""
-    lean: tuple[int, Activations] | None = None
-    """What it holds instead where it keeps less and sees more tokens of a clip than so many."""
     companions: float = 0.0
     """Bytes for each token that all blocks read, such as rotary tables: once for all clips, and for each after a
     route took tokens out."""

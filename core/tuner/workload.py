@@ -76,11 +76,9 @@ class Workload:
     """How activations are kept for backward: ``none``, ``full``, ``selective`` or ``offload``."""
     checkpointing_interval: int = 1
     """Every so many-th block is checkpointed."""
-    lean_blocks: bool = False
-    """Whether blocks compute token by token in pieces, and again in backward, what they would keep in float32."""
     activations: Callable[[Workload, int, bool], Activations] | None = field(default=None, compare=False, repr=False)
-    """What a block holds, where a plugin computes it in a way of its own: given this, how many tokens of a clip the
-    block sees, and whether it is checkpointed. None is as the family says."""
+    """What a block holds, where it is computed in another way than the family's plain one: given this, how many tokens
+    of a clip the block sees, and whether it is checkpointed. None is as the family says."""
     traffic: float = 1.0
     """Elementwise traffic of a block beside that of the family's plain one."""
     feed_forward_tokens: int | None = None

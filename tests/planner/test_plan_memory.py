@@ -35,7 +35,7 @@ from tuner.workload import Workload
 from tuner_chunked_ff.chunk import install as install_chunks
 from tuner_kernels import block as fused
 from tuner_offload.schedule import RING_GROUPS, streamed_blocks
-from tuner_wan import lean
+from tuner_wan import costs, lean
 from tuner_wan.stack import WanStack
 from tuner_wan.training import predict as velocity
 
@@ -125,10 +125,8 @@ def installed(module: nn.Module, spec: ModelSpec, workload: Workload) -> Network
     stack = WanStack(module)
     for block in stack.blocks if workload.feed_forward_tokens else ():
         install_chunks(block.ffn, workload.feed_forward_tokens or 0)  # type: ignore[arg-type]
-    for block in stack.blocks if workload.lean_blocks else ():
-        lean.install(block)
     for block in stack.blocks if workload.activations else ():
-        fused.install(block)
+        (lean if workload.activations is costs.lean else fused).install(block)
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     network = Network(spec.networks[0], module, stack, lambda: iter(()), dtypes.__getitem__, install(module, stack))
     network.trampoline.context = context(workload)

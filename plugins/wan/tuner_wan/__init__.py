@@ -63,8 +63,10 @@ class WanPlugin(Plugin[WanConfig]):
 
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
-        """Whether blocks keep less."""
-        return {"lean_blocks": True, "traffic": LEAN_TRAFFIC} if self._keeps_less(run) else {}
+        """What blocks hold and move that keep less."""
+        from tuner_wan.costs import lean
+
+        return {"activations": lean, "traffic": LEAN_TRAFFIC} if self._keeps_less(run) else {}
 
     @hookimpl
     def describe_model(self, run: Run) -> ModelSpec:

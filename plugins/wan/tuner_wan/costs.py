@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tuner.spec import Activations, Held, NetworkSpec
+from tuner.workload import Workload
 from tuner_wan.dimensions import CROSS_OUTPUT, SELF_OUTPUT
 
 PIECE_TOKENS = 8192
@@ -53,7 +54,7 @@ def activations(network: NetworkSpec, trained: bool, timed: bool) -> Activations
         kept = _sum(kept, Held(float32=8))
         # The six factors before the block's own are added, and the embedding of the time.
         around = Held(dim=7)
-    plain = Activations(
+    return Activations(
         kept=kept,
         forward=Held(dim=3, float32=4) if trained else Held(dim=4, float32=4),
         recompute=(Held(dim=3, float32=2),) if trained else (Held(dim=4, float32=3), Held(dim=4, float32=1, wide=1)),
@@ -66,16 +67,20 @@ def activations(network: NetworkSpec, trained: bool, timed: bool) -> Activations
         around=around,
         companions=ROTARY_BYTES * network.dim / network.heads,
     )
-    return plain if trained else replace(plain, lean=(PIECE_TOKENS, _lean(plain, timed=timed, frames=bool(frames))))
 
 
-def _lean(plain: Activations, *, timed: bool, frames: bool) -> Activations:
-    """Where the block is :mod:`tuner_wan.lean`'s and its own weights are frozen.
+def lean(workload: Workload, tokens: int, checkpointed: bool) -> Activations:
+    """What a block holds that is :mod:`tuner_wan.lean`'s and sees ``tokens`` of a clip; its own weights are frozen.
 
     Queries and keys before and after their norms, values and output of self-attention, the same without keys and
     values of cross-attention, the inputs of two norms (the third's is the block's own), and the input of the
     feed-forward's activation. Where each token has gates of its own, what goes through them.
     """
+    network = workload.network
+    timed, frames = network.per_token_times and workload.shape[0] > 1, bool(network.image_tokens)
+    plain = activations(network, False, timed)
+    if tokens <= PIECE_TOKENS:
+        return plain
     kept = Held(dim=11 + 2 * timed + frames, wide=1)
     # Embedded frames give an output of their own, and the two are added up.
     inputs = frozenset({SELF_OUTPUT} if frames else {SELF_OUTPUT, CROSS_OUTPUT})

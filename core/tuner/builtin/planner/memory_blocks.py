@@ -66,12 +66,11 @@ def activations_of(workload: Workload) -> Activations:
 
 def held_by(workload: Workload, tokens: int, *, checkpointed: bool) -> Activations:
     """What a block holds of each of the ``tokens`` of a clip that it sees, feed-forwards in chunks included."""
-    if workload.activations is not None:
-        return workload.activations(workload, tokens, checkpointed)
-    held, chunk = activations_of(workload), _chunk(workload, tokens)
-    if workload.lean_blocks and held.lean is not None and tokens > held.lean[0]:
-        held = held.lean[1]
-    return held if chunk is None else _chunked(held, chunk, trained=workload.trained == "network")
+    own, chunk = workload.activations, _chunk(workload, tokens)
+    held = activations_of(workload) if own is None else own(workload, tokens, checkpointed)
+    if chunk is None or not held.kept.wide:  # whose figures have the chunks already
+        return held
+    return _chunked(held, chunk, trained=workload.trained == "network")
 
 
 def bytes_of(held: Held, network: NetworkSpec, width: float) -> float:
@@ -131,7 +130,7 @@ def _kept_beside(workload: Workload, held: Activations, index: int, tokens: int)
     adapted = workload.adapted_width - sum(widths[name] for name in held.inputs & workload.adapted_inputs)
     token = 2 * FLOAT32 * network.heads + width * (adapted + between)
     token += held.companions * (tokens < workload.tokens)
-    if index == 0 and workload.trained == "adapter" and workload.activations is None and held.kept.float32:
+    if index == 0 and workload.trained == "adapter" and held.kept.float32:
         token -= FLOAT32 * network.dim
     read = network.text_tokens + network.image_tokens
     context = read * bytes_of(held.context, network, width) + network.text_tokens * width * text_width
