@@ -124,8 +124,7 @@ def _block(workload: Workload, tokens: int, checkpointed: bool) -> StepFlops:
     if checkpointed:
         kept = self_attention if workload.checkpointing == "selective" else 0.0
         once = workload.activations(workload, tokens, True).once if workload.activations else frozenset()
-        again = sum(_matrices(network, tokens, without=once))
-        recompute = Pass(again + adapters, attention - kept)
+        recompute = Pass(sum(_matrices(network, tokens, without=once)) + adapters, attention - kept)
     recompute += Pass(_chunked_feed_forward(workload, tokens))
     return StepFlops(
         forward=Pass(over_tokens + over_context + adapters, attention) * clips,
