@@ -53,10 +53,11 @@ def measure(cached: Encodings, batch_size: int, steps: int) -> tuple[float, floa
     plan = Plan(cached.samples, seed=0, batch_size=batch_size)
     loader = Loader(cached, plan, seed=0)
     try:
-        loader.load(0, 0)
+        loader.read_ahead(0, 0)
         began = time.perf_counter()
         for step in range(1, steps + 1):
             loader.load(step, 0)
+            loader.read_ahead(step, 0)
         loaded = steps / (time.perf_counter() - began)
     finally:
         loader.close()

@@ -74,7 +74,9 @@ def test_the_next_batch_is_read_before_it_is_asked_for(cached: Encodings, monkey
     read = Loader._read
     monkeypatch.setattr(Loader, "_read", lambda self, *wanted: asked.append(wanted) or read(self, *wanted))
     loader.load(0, 1)
+    loader.read_ahead(0, 1)
     loader.load(1, 1)
+    loader.read_ahead(1, 1)
     assert loader._ahead is not None
     loader._ahead[1].result()
     loader.close()

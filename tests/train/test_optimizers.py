@@ -51,7 +51,7 @@ def grow(parameter: nn.Parameter, at: int) -> None:
 
 
 REFERENCES = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, betas=(0.9, 0.999), weight_decay=0.01, fused=True),
     "torch-rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
     "torch-muon": lambda p: torch.optim.Muon(p, lr=0.05),
     "muon": lambda p: torch.optim.Muon(p, lr=0.05, adjust_lr_fn="match_rms_adamw"),

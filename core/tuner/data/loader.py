@@ -57,7 +57,7 @@ class LoadedBatch:
 
 
 class Loader:
-    """Reads the micro-batches of a plan from the cache, each one while the one before is computed."""
+    """Reads the micro-batches of a plan from the cache, each one during the backward of the one before."""
 
     def __init__(
         self,
@@ -85,25 +85,28 @@ class Loader:
         self._ahead: tuple[tuple[int, int], Future[LoadedBatch]] | None = None
 
     def load(self, step: int, slot: int) -> LoadedBatch:
-        """Micro-batch ``slot`` (in the step's global list) of optimizer step ``step``; starts on the next one.
+        """Micro-batch ``slot`` (in the step's global list) of optimizer step ``step``.
 
         Raises DataError when an entry of the cache went missing or was damaged since the start.
         """
         wanted = (step, slot)
-        future = self._ahead[1] if self._ahead and self._ahead[0] == wanted else self._submit(wanted)
-        loaded = future.result()
+        begun = self._ahead[1] if self._ahead and self._ahead[0] == wanted else self._thread.submit(self._read, *wanted)
+        loaded = begun.result()
         if self._lane is not None:
             self._lane.receive(loaded.named(*OF_THE_DEVICE))
-        following = self._after(step, slot)
-        self._ahead = (following, self._submit(following))
         return loaded
+
+    def read_ahead(self, step: int, slot: int) -> None:
+        """Begin with the micro-batch after this one.
+
+        To be called before its backward: that leaves Python to the thread, where a forward would share it.
+        """
+        following = self._after(step, slot)
+        self._ahead = (following, self._thread.submit(self._read, *following))
 
     def close(self) -> None:
         """Stop reading ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _submit(self, wanted: tuple[int, int]) -> Future[LoadedBatch]:
-        return self._thread.submit(self._read, *wanted)
 
     def _after(self, step: int, slot: int) -> tuple[int, int]:
         """What this process will ask for next."""

@@ -78,6 +78,8 @@ def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> to
     Raises ConfigError when ``optimizer_config`` holds an option or a value the optimizer does not take, or its library
     cannot be imported.
     """
+    from tuner.sharded import is_sharded
+
     core, choice = run.config, check(run)
     try:
         cls = getattr(import_module(choice.module), choice.cls)
@@ -92,7 +94,9 @@ def make(run: Run, groups: Sequence[ParameterGroup], device: torch.device) -> to
                 nearest=nearest(option, accepted),
             )
     options = {**choice.defaults, **core.optimizer_config}
-    if "fused" in accepted and device.type == "cuda":
+    # Of torch's fused steps only Adam's knows tensors that are spread over processes.
+    spread = any(is_sharded(each) for group in groups for each in group.parameters.values())
+    if "fused" in accepted and device.type in ("cuda", "cpu") and not (spread and "betas" not in accepted):
         options.setdefault("fused", True)
     sorted_out = [
         {

@@ -66,6 +66,7 @@ def train_step(session: Session) -> StepResult:
         metrics.update(loss.metrics)
         # Scaled by the samples of the whole step, so that unequal micro-batches do not bias the mean.
         scaled = loss.per_sample.sum() / (samples * run.sharing) if counts else loss.per_sample.sum() * 0
+        session.loader.read_ahead(run.step, slot)
         if release is not None:
             session.copied.wait()
             session.stepping = True
