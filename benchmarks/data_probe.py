@@ -19,9 +19,10 @@ import av
 from rich.console import Console
 from rich.table import Table
 
-from tuner.builtin.datasets.probe import VIDEO_SUFFIXES, local_listing, probe
+from tuner.builtin.datasets.probe import probe
 from tuner.builtin.datasets.probe_file import VideoFacts, probe_file
 from tuner.builtin.datasets.probe_index import open_index
+from tuner.builtin.datasets.scanning import VIDEO_SUFFIXES, local_listing
 from tuner.testing.clips import render_clip
 
 FOLDERS = 100

@@ -9,8 +9,9 @@ import torch
 from data_probe import FACTS, touch
 
 from rows.row import Row, paired
-from tuner.builtin.datasets.probe import VIDEO_SUFFIXES, local_listing, probe
+from tuner.builtin.datasets.probe import probe
 from tuner.builtin.datasets.probe_index import open_index
+from tuner.builtin.datasets.scanning import VIDEO_SUFFIXES, local_listing
 from tuner.builtin.encoding.store import Store, make_key
 
 

@@ -187,7 +187,7 @@ class Shelf:
     keys = ShelfKeys
 
     def listing(self, request: Request) -> Listing:
-        from tuner.builtin.datasets.probe import local_listing
+        from tuner.builtin.datasets.scanning import local_listing
 
         found = local_listing(Path(request.entry["instance_data_dir"]), request.suffixes)
         captions = {each.path: (f"from {Path(each.path).stem}",) for each in found.files if "00" not in each.path}

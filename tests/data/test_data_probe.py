@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from tuner.builtin.datasets import probe as probing
-from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, scan
+from tuner.builtin.datasets.probe import Probed
 from tuner.builtin.datasets.probe_file import VideoFacts, probe_file
+from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES, local_listing, scan
 from tuner.errors import DataError
 from tuner.testing.clips import Encoding, render_clip, render_picture, turn_clip
 

@@ -16,9 +16,10 @@ import pytest
 
 from tuner.builtin.datasets import probe as probing
 from tuner.builtin.datasets import probe_pool
-from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, forget_missing, local_listing
+from tuner.builtin.datasets.probe import Probed, forget_missing
 from tuner.builtin.datasets.probe_index import INDEX_NAME, open_index
 from tuner.builtin.datasets.probe_pool import CRASHED
+from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES, local_listing
 from tuner.errors import DataError
 from tuner.testing.clips import render_clip
 
@@ -140,9 +141,9 @@ def test_two_runs_at_once_probe_each_file_once(clips: Path, tmp_path: Path) -> N
     shutil.copytree(clips, folder)
     log = write_worker(tmp_path, "time.sleep(0.2)")
     (tmp_path / "run.py").write_text(
-        "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool\n"
+        "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool, scanning\n"
         f"probe_pool.WORKER = {str(tmp_path / 'own_probe.py')!r}\n"
-        f"listing = probe.local_listing(Path({str(folder)!r}), probe.VIDEO_SUFFIXES)\n"
+        f"listing = scanning.local_listing(Path({str(folder)!r}), scanning.VIDEO_SUFFIXES)\n"
         f"print(probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False))\n"
     )
     runs = [
@@ -158,9 +159,9 @@ def test_two_runs_at_once_probe_each_file_once(clips: Path, tmp_path: Path) -> N
 def test_an_interrupted_run_keeps_what_it_probed_and_leaves_no_process(clips: Path, tmp_path: Path) -> None:
     log = write_worker(tmp_path, f"open({str(tmp_path / 'ids')!r}, 'a').write(f'{{os.getpid()}} ')\ntime.sleep(0.3)")
     (tmp_path / "run.py").write_text(
-        "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool\n"
+        "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool, scanning\n"
         f"probe_pool.WORKER = {str(tmp_path / 'own_probe.py')!r}\n"
-        f"listing = probe.local_listing(Path({str(clips)!r}), probe.VIDEO_SUFFIXES)\n"
+        f"listing = scanning.local_listing(Path({str(clips)!r}), scanning.VIDEO_SUFFIXES)\n"
         f"probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False)\n"
     )
     run = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stderr=subprocess.PIPE, text=True)

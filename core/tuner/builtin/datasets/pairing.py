@@ -9,9 +9,10 @@ from pathlib import Path, PurePath
 
 from tuner.builtin.datasets.entries import ConditioningDataset, Trained
 from tuner.builtin.datasets.judge import Kept
-from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
+from tuner.builtin.datasets.probe import Probed, probe
 from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.reading import Datasets
+from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES, local_listing
 from tuner.builtin.datasets.views import Window
 from tuner.data.samples import Companion
 from tuner.errors import DataError

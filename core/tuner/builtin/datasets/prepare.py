@@ -19,9 +19,10 @@ from tuner.builtin.datasets.judge import REMEDIES, UNDECODABLE, Kept, check_data
 from tuner.builtin.datasets.mask_weights import weigh_mask
 from tuner.builtin.datasets.notes import dataset_notes
 from tuner.builtin.datasets.pairing import companions, conditioning_of
-from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
+from tuner.builtin.datasets.probe import Probed, probe
 from tuner.builtin.datasets.quarantine import quarantine
 from tuner.builtin.datasets.reading import Datasets, read_datasets
+from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES, local_listing
 from tuner.builtin.datasets.views import windows
 from tuner.data.report import DataReport, DatasetReport, Dropped, summary
 from tuner.data.samples import Dataset, Prepared, Sample, Schedule

@@ -6,46 +6,27 @@ decoded is recorded with its reason, and not tried again until it changes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from tuner.builtin.datasets.probe_file import VideoFacts
-from tuner.builtin.datasets.probe_index import Index, Row, missing, open_index, result_of, uncollected
+from tuner.builtin.datasets.probe_index import Index, Row, missing, open_index, result_of
+from tuner.builtin.datasets.probe_pack import Pack, made
 from tuner.builtin.datasets.probe_pool import probe_all
+from tuner.builtin.datasets.scanning import Files, uncollected
 from tuner.builtin.progress import log, progress
 from tuner.data.source import Found, Listing
-from tuner.errors import DataError
 
-VIDEO_SUFFIXES = frozenset(
-    (
-        ".3gp",
-        ".avi",
-        ".flv",
-        ".gif",
-        ".m2ts",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".ogv",
-        ".ts",
-        ".webm",
-        ".wmv",
-    )
-)
-PICTURE_SUFFIXES = frozenset((".avif", ".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 LOCK_NAME = "probe.lock"
 WRITE_EVERY = 64
 PATIENCE = 2.0
 """Seconds to wait for another process in silence."""
+UNNAMEABLE = "its name is not valid UTF-8: rename it"
 
 
 class Probed(NamedTuple):
@@ -55,50 +36,6 @@ class Probed(NamedTuple):
     """the path inside the dataset's folder"""
     facts: VideoFacts | None
     reason: str = ""
-
-
-def local_listing(folder: Path, suffixes: Collection[str]) -> Listing:
-    """The files of a local folder. Raises DataError when it cannot be read."""
-    try:
-        # Not resolve(): the names of people's files are kept, where they are links too.
-        return Listing(Path(os.path.abspath(folder)), scan(folder, suffixes))  # noqa: PTH100
-    except OSError as error:
-        raise DataError(
-            f"a folder of files cannot be read: {error.strerror or error}",
-            where=error.filename or folder,
-            remedy="correct instance_data_dir, or the permissions",
-        ) from error
-
-
-def scan(folder: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> list[Found]:
-    """Every file under ``folder`` with one of ``suffixes`` (hidden files and folders left out), sorted by path.
-
-    Each is stat'ed, none is opened. Raises OSError for a folder that cannot be read.
-    """
-    found: list[Found] = []
-    pending, seen = [os.path.abspath(folder)], set()  # noqa: PTH100
-    with uncollected():
-        while pending:
-            here = pending.pop()
-            status = os.stat(here)  # noqa: PTH116
-            if (status.st_dev, status.st_ino) in seen:
-                continue  # a link that leads back
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == ".":
-                        continue
-                    try:
-                        if entry.is_dir():
-                            pending.append(entry.path)
-                        elif name[name.rfind(".") :].lower() in suffixes:
-                            status = entry.stat()
-                            found.append(Found(entry.path, status.st_size, status.st_mtime_ns))
-                    except FileNotFoundError:
-                        pass  # a link to nowhere
-        found.sort()
-    return found
 
 
 def probe(
@@ -120,17 +57,33 @@ def probe(
         pictures, clips: what is wanted; a file that is something else, whatever its name, gets that as its reason.
     Raises DataError when the index cannot be written.
     """
+    files = Files.of(listing)
     with open_index(index) as opened:
+        with uncollected():
+            if pack := opened.unpack(files):
+                return _unpacked(files.names, pack, pictures, clips)
         known = opened.rows()
-        if _new(listing.files, known):
+        if _new(files, known):
             with _alone(index):
-                _probe_new(listing, _new(listing.files, opened.rows()), opened, processes, show_progress)
+                _probe_new(listing, _new(files, opened.rows()), opened, processes, show_progress)
                 known = opened.rows()
-                if len(known) > 2 * len(listing.files):
-                    opened.forget(missing(known, listing.files, listing.root))
-    start = len(os.path.join(listing.root, ""))  # noqa: PTH118
-    with uncollected():
-        return [_probed(path[start:], known.get(path), pictures, clips) for path, _, _ in listing.files]
+                if len(known) > 2 * len(files):
+                    opened.forget(missing(known, files, listing.root))
+        with uncollected():
+            results = [UNNAMEABLE if (row := known.get(path)) is None else result_of(row) for path, _, _ in files]
+            if not _new(files, known):  # nor did another process find one changed meanwhile
+                opened.pack(files, results)
+            return [_probed(*each, pictures, clips) for each in zip(files.names, results, strict=True)]
+
+
+def _unpacked(names: Sequence[str], pack: Pack, pictures: bool, clips: bool) -> list[Probed]:
+    """What a pack says: most files are what is wanted, and only the others are looked at one by one."""
+    results = list(made(Probed, names, pack.facts(), repeat("")))
+    others = [] if pictures and clips else [at for at, fps in enumerate(pack.fps()) if not (clips if fps else pictures)]
+    for position in {*others, *pack.reasons}:
+        name, facts, _ = results[position]
+        results[position] = _probed(name, pack.reasons.get(position, facts), pictures, clips)
+    return results
 
 
 def forget_missing(index: Path, listing: Listing) -> int:
@@ -175,13 +128,9 @@ def _probe_new(listing: Listing, new: Sequence[Found], index: Index, processes: 
         index.record(done)
 
 
-def _probed(name: str, row: Row | None, pictures: bool, clips: bool) -> Probed:
-    if row is None:
-        name = name.encode(errors="backslashreplace").decode()
-        return Probed(name, None, "its name is not valid UTF-8: rename it")
-    result = result_of(row)
-    if isinstance(result, str):
-        return Probed(name, None, result)
+def _probed(name: str, result: VideoFacts | str | None, pictures: bool, clips: bool) -> Probed:
+    if result is None or isinstance(result, str):
+        return Probed(name.encode(errors="backslashreplace").decode(), None, result or UNNAMEABLE)
     if result.still and not pictures:
         return Probed(name, None, f"is a picture ({result.container}), not a clip, whatever its name says")
     if not result.still and not clips:

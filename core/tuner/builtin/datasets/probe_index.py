@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sqlite3
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tuner.builtin.datasets.probe_file import VideoFacts
+from tuner.builtin.datasets.probe_pack import PACK_COLUMNS, Pack, packed, root_of, unpacked
+from tuner.builtin.datasets.scanning import Files, uncollected
 from tuner.builtin.progress import log
 from tuner.data.source import Found
 from tuner.errors import DataError
@@ -53,6 +54,31 @@ class Index:
         """Drop what is known of these."""
         with self._connection:
             self._connection.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in paths))
+            if self._has_packs():
+                self._connection.execute("DELETE FROM packs")
+
+    def pack(self, files: Files, results: Sequence[VideoFacts | str]) -> None:
+        """Remember what is in these files as one row beside theirs. Where that cannot be written, it is said."""
+        if not files:
+            return
+        row = packed(files, results)
+        try:
+            with self._connection:
+                self._connection.execute(f"CREATE TABLE IF NOT EXISTS packs ({PACK_COLUMNS})")
+                self._connection.execute(f"INSERT OR REPLACE INTO packs VALUES ({', '.join('?' * len(row))})", row)
+        except sqlite3.OperationalError as error:  # such as a disk that is only read: nothing is lost but time
+            log.info("the index of probed files stays as it is (%s): the next start reads it file by file", error)
+
+    def unpack(self, files: Files) -> Pack | None:
+        """What is in these files, when not one has changed since they were packed."""
+        if not self._has_packs():
+            return None
+        row = self._connection.execute("SELECT * FROM packs WHERE root = ?", (root_of(files),)).fetchone()
+        return None if row is None else unpacked(row, files)
+
+    def _has_packs(self) -> bool:
+        """Whether the index is none of before there were packs."""
+        return bool(self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'packs'").fetchone())
 
 
 def result_of(row: Row) -> VideoFacts | str:
@@ -108,6 +134,7 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.execute("BEGIN IMMEDIATE")
             if connection.execute("PRAGMA user_version").fetchone()[0] != INDEX_VERSION:  # nor has another process
                 connection.execute("DROP TABLE IF EXISTS files")
+                connection.execute("DROP TABLE IF EXISTS packs")
                 connection.execute(f"CREATE TABLE files ({_COLUMNS})")
                 connection.execute(f"PRAGMA user_version = {INDEX_VERSION}")
             connection.commit()
@@ -115,15 +142,3 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: among a hundred thousand live objects looking for dead ones takes half the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()

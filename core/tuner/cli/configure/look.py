@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.builtin.datasets.captions import caption_file, read_alternatives
-from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES, Probed, local_listing, probe
+from tuner.builtin.datasets.probe import Probed, probe
 from tuner.builtin.datasets.probe_file import VideoFacts
+from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES, local_listing
 from tuner.errors import DataError
 
 NAMED = 3

@@ -101,7 +101,7 @@ def _present(folder: Path, kinds: list[tuple[str, dict[str, Any]]]) -> list[tupl
     """Those kinds that the folder has files of; all where it is not on this machine."""
     if not folder.is_dir():
         return kinds
-    from tuner.builtin.datasets.probe import PICTURE_SUFFIXES, VIDEO_SUFFIXES
+    from tuner.builtin.datasets.scanning import PICTURE_SUFFIXES, VIDEO_SUFFIXES
 
     suffixes = {path.suffix.lower() for path in folder.rglob("*") if path.is_file()}
     there = {"image": bool(suffixes & PICTURE_SUFFIXES), "video": bool(suffixes & VIDEO_SUFFIXES)}
