@@ -26,7 +26,7 @@ SIZE = {"width": 64, "height": 48}
 
 
 def probe_folder(folder: Path, index: Path, *, processes: int = 0, **wanted: bool) -> list[Probed]:
-    return probing.probe(local_listing(folder, ALL_SUFFIXES), index, processes=processes, **wanted)
+    return list(probing.probe(local_listing(folder, ALL_SUFFIXES), index, processes=processes, **wanted))
 
 
 def encode(path: Path, frames: int, *, codec: str = "libx264", **stream: object) -> None:

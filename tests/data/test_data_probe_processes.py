@@ -28,7 +28,7 @@ SIZE = {"width": 64, "height": 48}
 
 
 def probe_folder(folder: Path, index: Path, *, processes: int = 0, **wanted: bool) -> list[Probed]:
-    return probing.probe(local_listing(folder, ALL_SUFFIXES), index, processes=processes, **wanted)
+    return list(probing.probe(local_listing(folder, ALL_SUFFIXES), index, processes=processes, **wanted))
 
 
 def write_worker(folder: Path, code: str) -> Path:
@@ -144,7 +144,7 @@ def test_two_runs_at_once_probe_each_file_once(clips: Path, tmp_path: Path) -> N
         "from pathlib import Path\nfrom tuner.builtin.datasets import probe, probe_pool, scanning\n"
         f"probe_pool.WORKER = {str(tmp_path / 'own_probe.py')!r}\n"
         f"listing = scanning.local_listing(Path({str(folder)!r}), scanning.VIDEO_SUFFIXES)\n"
-        f"print(probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False))\n"
+        f"print(list(probe.probe(listing, Path({str(tmp_path / 'index')!r}), processes=1, show_progress=False)))\n"
     )
     runs = [
         subprocess.Popen([sys.executable, str(tmp_path / "run.py")], stdout=subprocess.PIPE, text=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from filelock import FileLock, Timeout
 
@@ -38,6 +38,35 @@ class Probed(NamedTuple):
     reason: str = ""
 
 
+class Known(Sequence[Probed]):
+    """Files of which none has changed. The facts about each are made when they are looked at, and not kept."""
+
+    def __init__(self, names: Sequence[str], pack: Pack, pictures: bool, clips: bool) -> None:
+        self._names, self._pack, self._wanted = names, pack, (pictures, clips)
+        refused = [] if pictures and clips else enumerate(pack.fps())
+        self._others = {*pack.reasons, *(at for at, fps in refused if not (clips if fps else pictures))}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[Probed]:
+        probed = made(Probed, self._names, self._pack.facts(), repeat(""))
+        return self._judged(probed) if self._others else probed
+
+    @overload
+    def __getitem__(self, index: int) -> Probed: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Probed]: ...
+    def __getitem__(self, index: int | slice) -> Probed | list[Probed]:
+        return list(self)[index]
+
+    def _judged(self, probed: Iterator[Probed]) -> Iterator[Probed]:
+        """With the reasons against those that are not what is wanted."""
+        for position, each in enumerate(probed):
+            reason = self._pack.reasons.get(position, each.facts)
+            yield _probed(each.name, reason, *self._wanted) if position in self._others else each
+
+
 def probe(
     listing: Listing,
     index: Path,
@@ -46,8 +75,8 @@ def probe(
     show_progress: bool = True,
     pictures: bool = True,
     clips: bool = True,
-) -> list[Probed]:
-    """Every file of ``listing`` with its facts, in the same order.
+) -> Sequence[Probed]:
+    """Every file of ``listing`` with its facts, in the same order; not to be changed.
 
     Of several processes that probe at once into one index, one does and the others wait for what it finds.
 
@@ -61,7 +90,7 @@ def probe(
     with open_index(index) as opened:
         with uncollected():
             if pack := opened.unpack(files):
-                return _unpacked(files.names, pack, pictures, clips)
+                return Known(files.names, pack, pictures, clips)
         known = opened.rows()
         if _new(files, known):
             with _alone(index):
@@ -74,16 +103,6 @@ def probe(
             if not _new(files, known):  # nor did another process find one changed meanwhile
                 opened.pack(files, results)
             return [_probed(*each, pictures, clips) for each in zip(files.names, results, strict=True)]
-
-
-def _unpacked(names: Sequence[str], pack: Pack, pictures: bool, clips: bool) -> list[Probed]:
-    """What a pack says: most files are what is wanted, and only the others are looked at one by one."""
-    results = list(made(Probed, names, pack.facts(), repeat("")))
-    others = [] if pictures and clips else [at for at, fps in enumerate(pack.fps()) if not (clips if fps else pictures)]
-    for position in {*others, *pack.reasons}:
-        name, facts, _ = results[position]
-        results[position] = _probed(name, pack.reasons.get(position, facts), pictures, clips)
-    return results
 
 
 def forget_missing(index: Path, listing: Listing) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.scanning import Files
@@ -24,24 +24,32 @@ _Made = TypeVar("_Made", bound=tuple[Any, ...])
 _NOTHING = VideoFacts("", 0, 0, 0, 0.0, 0.0)
 
 
-class Pack(NamedTuple):
-    """What is in the files of a listing, in its order."""
+class Pack:
+    """What is in the files of a listing, in its order. What it is made of is only looked at when it is asked for.
 
-    columns: Sequence[Sequence[Any]]
-    """the fields of VideoFacts, each for all files"""
-    reasons: Mapping[int, str]
-    """by position: why there are no facts about a file, and its columns hold nothing"""
+    Arguments
+        columns: the fields of VideoFacts, each for all files, as they are kept.
+        reasons: by position: why there are no facts about a file, and its columns hold nothing.
+        count: files.
+    Raises ValueError when a column is not of so many files.
+    """
 
-    def facts(self) -> Iterable[VideoFacts]:
+    def __init__(self, columns: Sequence[bytes], reasons: Mapping[int, str], count: int) -> None:
+        counts = [_count(column, kind) for column, kind in zip(columns, _KINDS, strict=True)]
+        if counts != [count] * len(_KINDS):
+            raise ValueError(f"columns of {counts} files, and there are {count}")
+        self._columns, self.reasons = columns, reasons
+
+    def facts(self) -> Iterator[VideoFacts]:
         """Facts about each file, in order; nothing real where there is a reason."""
-        return made(VideoFacts, *self.columns)
+        return made(VideoFacts, *map(_decoded, self._columns, _KINDS))
 
     def fps(self) -> Sequence[float]:
         """Frames per second of each file, 0 for a picture."""
-        return self.columns[_FPS]
+        return _decoded(self._columns[_FPS], _KINDS[_FPS])
 
 
-def made(kind: type[_Made], *columns: Iterable[Any]) -> Iterable[_Made]:
+def made(kind: type[_Made], *columns: Iterable[Any]) -> Iterator[_Made]:
     """Named tuples of a kind from columns of its fields: no Python code runs for each."""
     return map(cast(Any, tuple.__new__), repeat(kind), zip(*columns, strict=False))
 
@@ -65,11 +73,11 @@ def unpacked(row: Sequence[Any], files: Files) -> Pack | None:
     if (names, sizes, times) != _identity(files):
         return None
     try:
-        decoded = [_decoded(column, kind) for column, kind in zip(columns, _KINDS, strict=True)]
-        found = {int(position): str(reason) for position, reason in json.loads(reasons).items()}
+        return Pack(
+            columns, {int(position): str(reason) for position, reason in json.loads(reasons).items()}, len(files)
+        )
     except (ValueError, TypeError, AttributeError):
         return None
-    return Pack(decoded, found) if all(len(each) == len(files) for each in decoded) else None
 
 
 def _identity(files: Files) -> tuple[bytes, bytes, bytes]:
@@ -89,3 +97,10 @@ def _decoded(column: bytes, kind: str) -> Sequence[Any]:
     if kind == "text":
         return column.decode().split("\0")
     return list(map(bool, column)) if kind == "?" else array(kind, column).tolist()
+
+
+def _count(column: bytes, kind: str) -> float:
+    """How many values a column has, without making them. Raises ValueError for text that is none."""
+    if kind == "text":
+        return column.decode().count("\0") + 1
+    return len(column) if kind == "?" else len(column) / array(kind).itemsize
