@@ -25,7 +25,7 @@ Effect = Literal["memory", "files", "uploads"]
 class PluginConfig(BaseModel):
     """The flat config keys one plugin owns: strict, frozen, every field made with :func:`key`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

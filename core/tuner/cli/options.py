@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,15 +55,29 @@ def assembly(
     """Read the config, the environment and the flags, and assemble the run. Raises TunerError."""
     import os
 
-    from tuner.assembly import assemble
-    from tuner.cli import allocator
-    from tuner.cli.flags import read_settings
-    from tuner.cli.logs import show_log
-    from tuner.selection import Catalog
+    with starting():
+        from tuner.assembly import assemble
+        from tuner.cli import allocator
+        from tuner.cli.flags import read_settings
+        from tuner.cli.logs import show_log
+        from tuner.selection import Catalog
 
-    show_log()
-    allocator.settle(os.environ)
-    catalog = Catalog()
-    listed, left_out = names(plugins), names(without) or []
-    settings = read_settings(config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog)
-    return assemble(settings, plugins=listed, without=left_out, strict=strict or None, catalog=catalog)
+        show_log()
+        allocator.settle(os.environ)
+        catalog = Catalog()
+        listed, left_out = names(plugins), names(without) or []
+        settings = read_settings(config, context.args, os.environ, plugins=listed, without=left_out, catalog=catalog)
+        return assemble(settings, plugins=listed, without=left_out, strict=strict or None, catalog=catalog)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """While entered, nobody looks for garbage: what is made then are modules and classes, and all of it stays."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

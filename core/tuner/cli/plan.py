@@ -50,7 +50,7 @@ def plan(
 
     from tuner.cli.report import print_assembly
 
-    with redirect_stdout(sys.stderr) if json else nullcontext():
+    with options.starting(), redirect_stdout(sys.stderr) if json else nullcontext():
         assembly = _settled(options.assembly(context, config, plugins, without, strict), shape)
         print_assembly(assembly)
         found = _planned(assembly, shape, card)

@@ -72,11 +72,11 @@ class HubPlugin(Plugin[HubConfig]):
     @hookimpl
     def configure(self, run: Run) -> None:
         """Refuse a name that no repository can have. Raises ConfigError."""
+        if not self.is_active(run.config):
+            return
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
-        if not self.is_active(run.config):
-            return
         try:
             validate_repo_id(self._repository(run))
         except HFValidationError as error:
