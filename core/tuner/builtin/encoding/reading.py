@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import Any
 
 import torch
@@ -31,36 +30,44 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_whole: dict[str, Stamp] = {}
-"""Path to stamp of the entries whose checksum this process found right."""
+Layout = tuple[tuple[str, torch.dtype, tuple[int, ...], int, int], ...]
+"""Of every tensor of a file: name, dtype, shape, and its first and last byte but one."""
+_whole: dict[str, tuple[Stamp, Layout]] = {}
+"""Path to stamp and layout of the entries whose checksum this process found right."""
+_layouts: dict[Layout, Layout] = {}
+"""Equal ones once: most entries of a dataset are alike."""
 
 
 def read(path: str) -> dict[str, Tensor]:
     """The tensors of the entry at ``path``, views of one buffer. Raises OSError, and ValueError for what is damaged."""
-    stamp = Stamp.of(path)
-    data = contents(path)
-    header, begin = split(data)
-    if _whole.get(path) != stamp:
+    data, stamp = contents(path)
+    known, layout = _whole.get(path, (None, ()))
+    if known != stamp:
+        header, begin = split(data)
         if not fits(data, header, begin):
             raise ValueError("the checksum does not fit")
-        _whole[path] = stamp
-    return {name: _view(data[begin:], entry) for name, entry in header.items() if name != "__metadata__"}
+        layout = _layout(header, begin)
+        _whole[path] = stamp, _layouts.setdefault(layout, layout)
+    return {name: data[begin:end].view(dtype).view(shape) for name, dtype, shape, begin, end in layout}
 
 
-def contents(path: str) -> Tensor:
-    """All bytes of a safetensors file (N,) uint8, unpacked where they were packed. ValueError when they cannot be."""
-    if path.endswith(PACKED):
-        with open(path, "rb") as file:  # noqa: PTH123
-            return torch.frombuffer(bytearray(compression.decompress(file.read())), dtype=torch.uint8)
+def contents(path: str) -> tuple[Tensor, Stamp]:
+    """All bytes of a safetensors file (N,) uint8, unpacked where they were packed, and the file's stamp.
+
+    Raises OSError, and ValueError when it cannot be unpacked.
+    """
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-        data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+        stamp = Stamp.of(file.fileno())
+        data = torch.empty(stamp.size, dtype=torch.uint8)
         rest = data.numpy().data
         while rest:  # at most 2 GiB come at once
             count = file.readinto(rest)
             if not count:
                 raise ValueError("cut while it was read")
             rest = rest[count:]
-    return data
+    if path.endswith(PACKED):
+        data = torch.frombuffer(bytearray(compression.decompress(data.numpy().tobytes())), dtype=torch.uint8)
+    return data, stamp
 
 
 def split(data: Tensor) -> tuple[dict[str, Any], int]:
@@ -88,7 +95,10 @@ def fits(data: Tensor, header: dict[str, Any], begin: int) -> bool:
     return isinstance(metadata, dict) and metadata.get(CHECKSUM) == checksum(data, header, begin)
 
 
-def _view(body: Tensor, entry: dict[str, Any]) -> Tensor:
-    """A tensor of the file. Safetensors keeps the widest types first, so that each lies where its type may."""
-    begin, end = entry["data_offsets"]
-    return body[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _layout(header: dict[str, Any], begin: int) -> Layout:
+    """Safetensors keeps the widest types first, so that each tensor lies where its type may."""
+    entries = ((name, entry, entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+    return tuple(
+        (name, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + first, begin + last)
+        for name, entry, (first, last) in entries
+    )

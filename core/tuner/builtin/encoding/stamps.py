@@ -35,8 +35,8 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, path: Path | str) -> Stamp:
-        """The stamp of a file as it is now. Raises OSError."""
+    def of(cls, path: Path | str | int) -> Stamp:
+        """The stamp of a file, by its path or descriptor, as it is now. Raises OSError."""
         status = os.stat(path)  # noqa: PTH116
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 

@@ -69,7 +69,7 @@ class Store:
     def is_whole(self, key: str) -> bool:
         """Whether the entry is there and its checksum is right: all of it is read."""
         try:
-            data = reading.contents(os.fspath(self.path(key)))
+            data, _ = reading.contents(os.fspath(self.path(key)))
             return reading.fits(data, *reading.split(data))
         except (FileNotFoundError, ValueError):
             return False
