@@ -252,6 +252,7 @@ def test_a_name_that_is_no_text_is_a_reason(clips: Path, tmp_path: Path) -> None
     (found,) = probe_folder(tmp_path, tmp_path / "index")
     assert "UTF-8" in found.reason
     assert found.name == "caf\\udce9.mp4"
+    assert probe_folder(tmp_path, tmp_path / "index") == [found], "nor on a second start"
 
 
 def test_a_folder_that_is_not_there_is_one_error(tmp_path: Path) -> None:
@@ -266,3 +267,34 @@ def test_scanning_is_recursive_and_leaves_hidden_and_other_files(tmp_path: Path)
     (tmp_path / "sub" / "loop").symlink_to(tmp_path)
     (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "gone")
     assert [each.path.removeprefix(f"{tmp_path}/") for each in scan(tmp_path)] == ["b.mp4", "sub/a.MOV"]
+
+
+def test_files_and_folders_that_alternate_are_sorted_by_path(tmp_path: Path) -> None:
+    for name in ["b.mp4", "a/z.mp4", "a.mp4", "a b.mp4", "a/a/y.mp4", "c/x.mp4", "a0.mp4", "b/b.webm"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name)
+    files = scan(tmp_path)
+    expected = sorted(
+        os.path.join(folder, name)  # noqa: PTH118
+        for folder, _, names in os.walk(tmp_path)
+        for name in names
+    )
+    assert [each.path for each in files] == expected
+    for each in files:
+        status = Path(each.path).stat()
+        assert (each.size, each.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert [files[2], *files[3:5]] == list(files)[2:5]
+
+
+def test_a_folder_inside_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locked").mkdir()
+    original = os.open
+
+    def refused(path: str, flags: int) -> int:
+        if path.rstrip(os.sep).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return original(path, flags)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(DataError, match=r"cannot be read: Permission denied(.|\n)*locked"):
+        local_listing(tmp_path, VIDEO_SUFFIXES)

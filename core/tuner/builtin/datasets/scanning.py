@@ -98,8 +98,10 @@ def scan(folder: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Files:
     Each is stat'ed, none is opened. Raises OSError for a folder that cannot be read.
     """
     root = os.path.join(os.path.abspath(folder), "")  # noqa: PTH100, PTH118
-    found: list[_Row] = []
-    pending, seen = [""], set()
+    names: list[str] = []
+    sizes: list[int] = []
+    times: list[int] = []
+    pending, seen, in_order = [""], set(), True
     with uncollected():
         while pending:
             inner = pending.pop()
@@ -110,12 +112,24 @@ def scan(folder: Path, suffixes: Collection[str] = VIDEO_SUFFIXES) -> Files:
             seen.add((status.st_dev, status.st_ino))
             with _opened(here) as entries:
                 rows, folders = _looked_through(entries, here, inner, suffixes)
-            # In order already where files and folders do not alternate: the last sort then only looks.
-            rows.sort(key=_NAME)
-            found += rows
             pending += sorted(folders, reverse=True)
-        found.sort(key=_NAME)
-        return Files(root, [row[0] for row in found], [row[1] for row in found], [row[2] for row in found])
+            if rows:
+                rows.sort(key=_NAME)
+                in_order = in_order and (not names or names[-1] < rows[0][0])
+                # Folder by folder, while its rows are in the processor's cache: all at once takes twice as long.
+                some_names, some_sizes, some_times = zip(*rows, strict=True)
+                names += some_names
+                sizes += some_sizes
+                times += some_times
+        files = Files(root, names, sizes, times)
+        return files if in_order else _sorted(files)
+
+
+def _sorted(files: Files) -> Files:
+    """By path: needed where a folder holds both files and folders."""
+    names, sizes, times = files.names, files.sizes, files.times
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return Files(files.root, [names[at] for at in order], [sizes[at] for at in order], [times[at] for at in order])
 
 
 def _looked_through(
