@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from tuner.builtin.datasets import frames, sizes
 from tuner.builtin.datasets.entries import Clips, Trained
 from tuner.builtin.datasets.probe import Probed
 from tuner.builtin.datasets.probe_file import VideoFacts
+from tuner.builtin.datasets.scanning import uncollected
 from tuner.config import faults
 from tuner.data.report import Dropped
 from tuner.errors import ConfigError
@@ -97,14 +99,15 @@ def judge(dataset: Trained, root: Path, probed: Iterable[Probed], spec: ModelSpe
     """Split the files under ``root`` into those to use and those to leave out."""
     kept: list[Kept] = []
     dropped: list[Dropped] = []
-    for each in probed:
-        path = root / each.name
-        if each.facts is None:
-            dropped.append(Dropped(dataset.id, path, UNDECODABLE, each.reason))
-        elif fault := _fault(dataset, each.facts, spec):
-            dropped.append(Dropped(dataset.id, path, *fault))
-        else:
-            kept.append(Kept(path, Path(each.name).as_posix(), each.facts))
+    with uncollected():
+        for each in probed:
+            path = root / each.name
+            if each.facts is None:
+                dropped.append(Dropped(dataset.id, path, UNDECODABLE, each.reason))
+            elif fault := _fault(dataset, each.facts, spec):
+                dropped.append(Dropped(dataset.id, path, *fault))
+            else:
+                kept.append(Kept(path, each.name.replace(os.sep, "/"), each.facts))
     return kept, dropped
 
 
