@@ -19,8 +19,8 @@ from tuner.data.source import Listing
 
 def measure(folder: Path, *, tiny: bool) -> list[Row]:
     """Rows of scanning and of cache reads."""
-    files, entries, pairs = (100, 4, 1) if tiny else (100_000, 200, 5)
-    return [*scanning(folder, files, pairs), *cache(folder, entries, pairs)]
+    files, pairs = (100, 1) if tiny else (100_000, 5)
+    return [*scanning(folder, files, pairs), *(cache(folder, 4, 1) if tiny else cache(folder, 50, 40))]
 
 
 def stat_all(folder: str) -> int:
