@@ -38,7 +38,7 @@ test: lint
 # The kernels in Triton's interpreter; its package is large, and beside the environment of the tests.
 triton-tests: $(DEV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/triton triton
-	PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest tests/kernels -k triton
 
 lint: $(DEV)
 	$(BIN)/ruff check .
