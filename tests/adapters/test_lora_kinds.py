@@ -66,7 +66,9 @@ def test_a_fresh_one_is_the_base(attached, make_network, wan_inputs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_file_is_the_difference_to_the_original_base(attached, tmp_path, tiny_wan, wan_inputs, kind):
     plugin, run, model = attached(**KINDS[kind])
-    (path,) = plugin.save(run, model, tmp_path)
+    (write,) = plugin.save(run, model, tmp_path)
+    write()
+    (path,) = tmp_path.glob("*.safetensors")
     pipeline = WanPipeline.from_pretrained(tiny_wan)
     with torch.no_grad():
         base = pipeline.transformer(**wan_inputs).sample
@@ -97,7 +99,9 @@ def test_with_the_adapter_off_it_is_the_base(attached, make_network, wan_inputs,
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya"])
 def test_it_starts_from_a_file_of_any_format(attached, tmp_path, wan_inputs, layout):
     plugin, run, model = attached(lora_format=layout)
-    (path,) = plugin.save(run, model, tmp_path)
+    (write,) = plugin.save(run, model, tmp_path)
+    write()
+    (path,) = tmp_path.glob("*.safetensors")
     _, _, again = attached(trained=False, init_lora=path, lora_rank=6, lora_alpha=3, use_rslora=True)
     expected = output(model.network, wan_inputs)
     torch.testing.assert_close(output(again.network, wan_inputs), expected, atol=2e-6, rtol=1e-5)
@@ -114,7 +118,9 @@ def test_it_starts_from_a_file_of_any_format(attached, tmp_path, wan_inputs, lay
 )
 def test_a_file_that_would_be_lost_in_part_is_refused(attached, tmp_path, keys, words):
     plugin, run, model = attached()
-    (path,) = plugin.save(run, model, tmp_path)
+    (write,) = plugin.save(run, model, tmp_path)
+    write()
+    (path,) = tmp_path.glob("*.safetensors")
     with pytest.raises(ConfigError, match=words):
         attached(init_lora=path, **keys)
 
