@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -38,6 +39,8 @@ def _options(
 
 def main() -> None:
     """Run the command line. What a user can mend is printed without a traceback, with the error's exit code."""
+    # Pydantic looks through every installed package for plugins that watch models being checked.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app(prog_name="tuner")
     except FailedElsewhere as error:

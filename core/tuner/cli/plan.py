@@ -64,7 +64,7 @@ def _settled(assembly: Assembly, shape: str | None) -> Assembly:
     from tuner.builtin.planner import PlannerPlugin
 
     planner = assembly.plugins.get("planner")
-    if shape is not None and isinstance(planner, PlannerPlugin):
+    if shape is not None and isinstance(planner, PlannerPlugin) and planner.presets:
         from tuner import pipeline
         from tuner.builtin.planner.shapes import named
 

@@ -32,6 +32,10 @@ MEMORY = "memory.json"
 """In the output folder: device memory of the first step by component, predicted, and its peak measured."""
 
 
+NONE = "none"
+"""The ``memory_preset`` that chooses nothing."""
+
+
 class PlannerConfig(PluginConfig):
     """Keys of the planner."""
 
@@ -46,7 +50,7 @@ class PlannerConfig(PluginConfig):
         "these instead of the known ones.",
     )
     memory_preset: str = key(
-        "none",
+        NONE,
         "Choose settings that save memory by themselves, as `tuner plan --fit` ranks them: `auto` for the memory that "
         "is free on the CUDA device, or for a size such as `12G`. Keys that are set are left as they are.",
         effect="memory",
@@ -68,6 +72,11 @@ class PlannerPlugin(Plugin[PlannerConfig]):
         self.shapes: Sequence[Shape] | None = None
         """What to choose settings for, where it is not the data."""
 
+    @property
+    def presets(self) -> bool:
+        """Whether settings are chosen."""
+        return self.config.memory_preset != NONE
+
     def card(self) -> Card | None:
         """The card that the config names, or measured rates. Raises ConfigError for one that is not known."""
         from tuner.builtin.planner.cards import measured, named
@@ -79,19 +88,20 @@ class PlannerPlugin(Plugin[PlannerConfig]):
     @hookimpl
     def configure(self, run: Run) -> None:
         """Refuse a card of which nothing is known, and a preset that is none."""
-        from tuner.builtin.planner import preset
-
         self.card()
-        preset.check(self.config.memory_preset)
+        if self.presets:
+            from tuner.builtin.planner import preset
+
+            preset.check(self.config.memory_preset)
 
     @hookimpl
     def propose_settings(self, run: Run) -> Mapping[str, Any]:
         """What ``memory_preset`` chooses: for this device, or what it chose when the run that goes on began."""
+        if not self.presets:
+            return {}
         from tuner.builtin.planner import preset
 
         word = self.config.memory_preset
-        if word == preset.NONE:
-            return {}
         if earlier := preset.kept(run):
             folder, settings = earlier
             run.log.info("memory_preset: as in %s: %s", folder, preset.written(settings))

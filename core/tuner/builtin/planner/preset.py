@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from tuner.run import Run
 
 KEY = "memory_preset"
-NONE, AUTO = "none", "auto"
+AUTO = "auto"
 LEFT = 0.05
 """Share of a device's free memory that ``auto`` leaves: what the allocator rounds, and fragments."""
 GIB = 2**30
 
 
 def check(word: str) -> None:
-    """Raise ConfigError for what is neither ``none`` nor ``auto`` nor a size."""
-    if word not in (NONE, AUTO):
+    """Raise ConfigError for what is neither ``auto`` nor a size."""
+    if word != AUTO:
         size_of(word, KEY)
 
 
