@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tuner.builtin.garbage import uncollected
 from tuner.cli.completion import plugin_names
 
 if TYPE_CHECKING:
@@ -73,11 +74,6 @@ def assembly(
 @contextmanager
 def starting() -> Iterator[None]:
     """While entered, nobody looks for garbage: what is made then are modules and classes, and all of it stays."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         yield
-    finally:
         gc.freeze()
-        if enabled:
-            gc.enable()

@@ -11,7 +11,7 @@ from tuner.builtin.datasets import frames, sizes
 from tuner.builtin.datasets.entries import Clips, Trained
 from tuner.builtin.datasets.probe import Probed
 from tuner.builtin.datasets.probe_file import VideoFacts
-from tuner.builtin.datasets.scanning import uncollected
+from tuner.builtin.garbage import uncollected
 from tuner.config import faults
 from tuner.data.report import Dropped
 from tuner.errors import ConfigError

@@ -18,7 +18,8 @@ from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.probe_index import Index, Row, missing, open_index, result_of
 from tuner.builtin.datasets.probe_pack import Pack, made
 from tuner.builtin.datasets.probe_pool import probe_all
-from tuner.builtin.datasets.scanning import Files, uncollected
+from tuner.builtin.datasets.scanning import Files
+from tuner.builtin.garbage import uncollected
 from tuner.builtin.progress import log, progress
 from tuner.data.source import Found, Listing
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from tuner.builtin.datasets.probe_file import VideoFacts
 from tuner.builtin.datasets.probe_pack import PACK_COLUMNS, Pack, packed, root_of, unpacked
-from tuner.builtin.datasets.scanning import Files, uncollected
+from tuner.builtin.datasets.scanning import Files
+from tuner.builtin.garbage import uncollected
 from tuner.builtin.progress import log
 from tuner.data.source import Found
 from tuner.errors import DataError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import overload
 
+from tuner.builtin.garbage import uncollected
 from tuner.data.source import Found, Listing
 from tuner.errors import DataError
 
@@ -169,15 +169,3 @@ def _opened(folder: str) -> Iterator[Iterable[os.DirEntry[str]]]:
             yield entries
     finally:
         os.close(handle)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection: among a hundred thousand live objects looking for dead ones takes half the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
