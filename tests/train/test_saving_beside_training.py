@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuner.builtin.adapter_file import load
 from tuner.errors import CheckpointError
 from tuner.testing.clips import render_clip
 from tuner.testing.opened import opened
@@ -83,19 +83,27 @@ def step(session: Session) -> None:
     session.manager.notify("on_step_end", run=session.run, model=session.model, metrics=MEASURED)
 
 
-def test_files_for_other_programs_are_of_that_step_too(folder, slow):
-    with opened(flat_config(folder, family="wan", max_train_steps=20, **KINDS["LoRA"])) as session:
-        saving = Saving(session)
+@pytest.mark.parametrize("kind", ["standard", "lycoris"])
+def test_files_for_other_programs_are_of_that_step_too(folder, kind):
+    """Written when the weights have changed, they are what they were."""
+    keys = {"lora_type": kind, **KINDS["LoRA"]}
+    if kind == "lycoris":
+        settings = folder / "lycoris.json"
+        settings.write_text(json.dumps({"algo": "lora", "linear_dim": 4, "linear_alpha": 4}))
+        keys["lycoris_config"] = str(settings)
+    with opened(flat_config(folder, family="wan", max_train_steps=20, **keys)) as session:
         step(session)
-        trained = now(session)[state.adapter_file(session.model.active)]
-        path = saving.start()
-        assert not (path / "pytorch_lora_weights.safetensors").exists()
-        step(session)
-        saving.finish()
-    exported, _ = load(path / "pytorch_lora_weights.safetensors")
-    assert len(exported) >= len(trained)
-    for name, tensor in trained.items():
-        assert any(other.shape == tensor.shape and torch.equal(other, tensor) for other in exported.values()), name
+        files = []
+        for name in ("at once", "later", "changed"):
+            (folder / name).mkdir()
+            writes = session.export_into(folder / name)
+            if name == "later":
+                step(session)
+                session.run.step -= 1  # the metadata says which step it was
+            for write in writes:
+                write()
+            files.append((folder / name / "pytorch_lora_weights.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
 
 
 def test_copies_that_fail_do_not_keep_the_step_waiting(folder, monkeypatch):

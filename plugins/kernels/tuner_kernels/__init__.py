@@ -71,9 +71,11 @@ class KernelsPlugin(Plugin[KernelsConfig]):
     @hookimpl
     def estimate(self, run: Run, spec: ModelSpec, workload: Workload) -> Mapping[str, Any]:
         """Blocks hold less, compute less again, and move less."""
+        if not self.is_active(run.config):
+            return {}
         from tuner_kernels import costs
 
-        if not self.is_active(run.config) or not costs.is_of_wan(workload.network):
+        if not costs.is_of_wan(workload.network):
             return {}
         kernels = find_spec("triton") is not None
         return {
